@@ -1,0 +1,86 @@
+"""Plain INT8 weights: the arithmetic that every path of the project agrees on, and the dense modules built on it.
+
+The weight a layer computes with is `dequantize(q, scale, dtype)`: float32 product of integer and scale, then one cast.
+The fake-quant training forward, the converted dense model and the CPU path of the compressed model all call this function,
+so that on one backend they agree to the bit.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def expand_scale(scale: Tensor, columns: int, group_size: int | None = None) -> Tensor:
+    """Scale that broadcasts against a weight [N, columns].
+
+    Args:
+        scale: [1, 1] per tensor, [N, 1] per channel, or [N, ceil(columns / group_size)] per group.
+        columns: K, the input features.
+        group_size: columns that share a scale; None for the first two. The last group may be shorter.
+    """
+    if group_size is None:
+        return scale
+    return scale.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | None = None) -> Tensor:
+    """q * scale in float32, cast to `dtype`.
+
+    Args:
+        q: integers [N, K] in any dtype.
+        scale: float [1, 1], [N, 1] or [N, G], see `expand_scale`.
+        dtype: of the result [N, K].
+        group_size: columns that share a scale, or None.
+    """
+    return (q.to(torch.float32) * expand_scale(scale.to(torch.float32), q.shape[1], group_size)).to(dtype)
+
+
+class Int8Linear(nn.Module):
+    """Linear layer with INT8 weights kept dense: what `convert` gives, and the reference of the compressed layer."""
+
+    weight_int8: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int | None = None):
+        """Args: q: int8 [N, K]. scale: float32, see `expand_scale`. bias: [N] or None. group_size: or None."""
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.group_size = group_size
+        self.register_buffer("weight_int8", q)
+        self.register_buffer("weight_scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        weight = dequantize(self.weight_int8, self.weight_scale, x.dtype, self.group_size)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Shape, shown by print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Embedding(nn.Module):
+    """Embedding with INT8 rows, looked up and then dequantised."""
+
+    weight_int8: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | None = None):
+        """Args: q: int8 [V, D]. scale: float32, see `expand_scale`. dtype: of the output. group_size: or None."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = q.shape
+        self.dtype, self.group_size = dtype, group_size
+        self.register_buffer("weight_int8", q)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> vectors [..., D]."""
+        flat = ids.reshape(-1)
+        scale = self.weight_scale if self.weight_scale.shape[0] == 1 else self.weight_scale[flat]
+        rows = dequantize(self.weight_int8[flat], scale, self.dtype, self.group_size)
+        return rows.reshape(*ids.shape, -1)
+
+    def extra_repr(self) -> str:
+        """Shape, shown by print(model)."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -1,0 +1,319 @@
+"""Typed schemas of every config group: a wrong key or type, in YAML or on the command line, is an error that names it.
+
+The YAML files under configs/ hold the values, these classes the names, the types and the meaning. Code receives the
+dataclasses (`to_config`), never a DictConfig, so that hyperparameters stay plain data and checkpoints load with
+`weights_only=True`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+# omegaconf's marker for a mandatory value; spelled out so that `qat.quant` needs torch alone
+MISSING: Any = "???"
+
+
+class Granularity(Enum):
+    """How many weights share one scale."""
+
+    per_tensor = "per_tensor"
+    per_channel = "per_channel"
+    """One scale an output row."""
+    per_group = "per_group"
+    """One scale for `group_size` neighbours of an output row."""
+
+
+class ScaleRule(Enum):
+    """How the scale (the step of the integer grid) follows from the weights."""
+
+    absmax = "absmax"
+    """max|w| / qmax, recomputed at every forward."""
+    std = "std"
+    """k * standard deviation, recomputed at every forward."""
+    learned = "learned"
+    """2 ** s with s trained (LSQ gradient), starting from `init`."""
+
+
+class Profile(Enum):
+    """What export optimises the coded / raw split of each layer for."""
+
+    compact = "compact"
+    fast = "fast"
+    auto = "auto"
+
+
+class LoggerMode(Enum):
+    """Where W&B sends its data."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class ModelConfig:
+    """The base checkpoint: student before training, teacher during it."""
+
+    path: str = MISSING
+    """Local Hugging Face folder, or a name on the hub."""
+    revision: str | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the network (not the LightningModule)."""
+
+
+@dataclass
+class DataConfig:
+    """Text for training and validation."""
+
+    train: Any = MISSING
+    """A source or a list of them: .txt, .txt.xz, .jsonl files, globs, or hf://dataset[:config][@split]."""
+    valid: Any = MISSING
+    """As `train`; a source that is in both is refused unless `valid_share` splits it."""
+    text_key: str = "text"
+    """Field that holds the text in .jsonl and hub datasets."""
+    separator: str = "<|endoftext|>"
+    """Marks the end of a document in text files; becomes the tokenizer's end-of-text token."""
+    seq_len: int = 512
+    """Predicted tokens of a window; a window holds one token more."""
+    batch_size: int = 64
+    """Windows of one optimiser step over all devices."""
+    micro_batch_size: int = 16
+    """Windows a device holds at once; the rest is gradient accumulation."""
+    valid_windows: int | None = None
+    """Validate on the first so many windows; null takes all."""
+    num_workers: int = 0
+    seed: int = 0
+    """Of the order of the training windows."""
+
+
+@dataclass
+class QuantConfig:
+    """INT8 fake quantisation, in torchao's words."""
+
+    enabled: bool = True
+    bits: int = 8
+    """Grid of the integers: [-(2^(bits-1) - 1), 2^(bits-1) - 1]; 2 to 8."""
+    granularity: Granularity = Granularity.per_channel
+    group_size: int = 128
+    """Used by per_group; a multiple of 32."""
+    scale: ScaleRule = ScaleRule.absmax
+    init: ScaleRule = ScaleRule.absmax
+    """Where `learned` starts: absmax or std."""
+    k: float = 0.5
+    """Step in standard deviations of the row, for std. Gaussian rows then need about 2.05 - log2(k) bits."""
+    include: list[str] = field(default_factory=lambda: ["*"])
+    """Globs over module names; a linear layer that matches is quantised."""
+    exclude: list[str] = field(default_factory=list)
+    embeddings: bool = False
+    """Quantise the input embedding too."""
+    lm_head: bool = False
+    """Quantise the output head too; with tied weights it goes with the embedding."""
+    start_step: int = 0
+    """Optimiser step at which fake quantisation switches on."""
+
+
+@dataclass
+class LossConfig:
+    """loss = kl * KL(teacher || student) + ce * cross-entropy, both means over tokens, in nats."""
+
+    kl: float = 1.0
+    ce: float = 0.0
+    temperature: float = 1.0
+    chunk_tokens: int = 2048
+    """Tokens whose logits exist at once; full logits are never held."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 5e-4
+    scale_lr: float = 1e-3
+    """Rate of learned log2 scales; they have no weight decay."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.0
+    """Final rate over peak rate."""
+
+
+@dataclass
+class TrainerConfig:
+    """What Lightning's Trainer is told."""
+
+    max_steps: int = 600
+    """Optimiser steps."""
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    """auto is bf16-mixed where the GPU has bf16, else 32-true."""
+    gradient_clip: float = 1.0
+    valid_every: int = 100
+    """Optimiser steps between validations."""
+    checkpoint_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+    deterministic: bool = False
+    progress_bar: bool = True
+    resume: str | None = None
+    """Checkpoint to go on from."""
+
+
+@dataclass
+class LoggerConfig:
+    """W&B; the same metrics always go to metrics.jsonl in the output folder as well."""
+
+    mode: LoggerMode = LoggerMode.offline
+    project: str = "codecllm"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PathsConfig:
+    """Where things are written."""
+
+    output_root: str = "outputs"
+    cache: str = "~/.cache/codecllm"
+    """Tokenised text, by content hash."""
+
+
+@dataclass
+class TrainConfig:
+    """Everything train.py takes."""
+
+    name: str = MISSING
+    """Names the run: outputs/<name>/<time>, and the run in W&B."""
+    experiment: Any = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class ExportConfig:
+    """Everything export.py takes."""
+
+    source: str = MISSING
+    """A Lightning checkpoint (.ckpt) or a Hugging Face folder, which is then rounded to nearest."""
+    output: str = MISSING
+    """Folder to write; must not exist unless `overwrite`."""
+    overwrite: bool = False
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """For a Hugging Face folder; a checkpoint brings its own."""
+    profile: Profile = Profile.compact
+    lanes: int | None = None
+    """Streams a 256x256 tile: 32 to 1024; null leaves it to the profile."""
+    probability_bits: int = 12
+    shard_size: str = "5GB"
+    workers: int | None = None
+    """Threads; null takes every core."""
+    progress_bar: bool = True
+
+
+@dataclass
+class EvalConfig:
+    """Everything eval/consistency.py and eval/harness.py take."""
+
+    compressed: str = MISSING
+    """Folder written by export.py."""
+    base: str | None = None
+    """The unquantised model to compare with."""
+    checkpoint: str | None = None
+    """The Lightning checkpoint it was exported from; null rounds `base` again the way the folder says."""
+    output: str = MISSING
+    """Folder for report.json."""
+    device: str = "auto"
+    dtype: str = "auto"
+    """auto: float32 on CPU; on a GPU bfloat16 where it has it."""
+    text: Any = None
+    """Held-out text for prompts and perplexity, as data.valid."""
+    text_key: str = "text"
+    separator: str = "<|endoftext|>"
+    prompts: int = 100
+    prompt_tokens: int = 64
+    new_tokens: int = 256
+    seq_len: int = 512
+    windows: int | None = 128
+    """Windows of text for logits and perplexity."""
+    batch_size: int = 16
+    tasks: Any = None
+    """lm-eval tasks: names of eval/tasks/*.yaml, of lm-eval's own, or paths of YAML files."""
+    data_dir: str | None = None
+    """Folder of the jsonl files that the local tasks read."""
+    limit: int | None = None
+    """Items a task."""
+    num_fewshot: int | None = None
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+T = TypeVar("T", TrainConfig, ExportConfig, EvalConfig)
+
+
+def register_schemas() -> None:
+    """Put every schema into Hydra's ConfigStore: `<group>/schema`, and one root for each entry point."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    groups = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "quant": QuantConfig,
+        "loss": LossConfig,
+        "optim": OptimConfig,
+        "trainer": TrainerConfig,
+        "logger": LoggerConfig,
+        "paths": PathsConfig,
+    }
+    for group, schema in groups.items():
+        store.store(group=group, name="schema", node=schema)
+    for name, root in {"train": TrainConfig, "export": ExportConfig, "eval": EvalConfig}.items():
+        store.store(name=f"{name}_schema", node=root)
+
+
+def to_config(config: Any) -> Any:
+    """The dataclass behind a composed DictConfig.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: a value that has no default was not given; the message names it.
+    """
+    from omegaconf import OmegaConf
+
+    OmegaConf.resolve(config)
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        from qat.errors import UserError
+
+        raise UserError(f"no value given for: {', '.join(missing)} (give it as {missing[0]}=...)")
+    return OmegaConf.to_object(config)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested dicts of plain scalars (enums by name), fit for a checkpoint or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(asdict(config))
+
+
+def from_plain(schema: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_plain`: an instance of `schema`; unknown keys and wrong types raise."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
