@@ -57,7 +57,9 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, shown by print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
 
 class Int8Embedding(nn.Module):

@@ -1,0 +1,61 @@
+"""Choosing how a layer is coded: the split of its bits and the number of lanes, for a profile."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rans_kernels.coder.tables import entropy
+from rans_kernels.format import SPLITS, Split
+
+Profile = Literal["compact", "fast", "auto"]
+
+WEIGHT_RATE = {8: 1.3e12, 4: 2.05e12, 2: 2.9e12, 1: 4.1e12}
+"""Weights a second that a fused kernel decodes on an H200, by coded bits: measured on the prototype (docs/design.md)."""
+BANDWIDTH = 4.3e12
+"""Bytes a second that an H200 reads."""
+AUTO_BITS = 0.1
+"""Bits a weight that `auto` may spend over the smallest to be faster."""
+
+
+def split_bits(counts: NDArray[np.int64], split: Split) -> float:
+    """Bits a weight of a split under an ideal code, the weights of a symbol taken as independent.
+
+    Args:
+        counts: histogram of the weights from -128 to 127, [256].
+        split: that holds all of them.
+    """
+    coded, _ = split.parts(np.arange(-128, 128))
+    return entropy(np.bincount(coded, weights=counts, minlength=2)) + split.raw_bits
+
+
+def seconds_per_weight(split: Split, bits: float) -> float:
+    """Time of a weight on an H200 as the slower of decoding it and reading it: a roofline, not a measurement."""
+    return max(1 / WEIGHT_RATE[split.coded_bits], bits / 8 / BANDWIDTH)
+
+
+def choose_split(counts: NDArray[np.int64], profile: Profile) -> Split:
+    """The split for a layer.
+
+    compact: fewest bits. fast: least time by `seconds_per_weight`, fewer bits where equal. auto: least time among those
+    within `AUTO_BITS` of the fewest bits.
+
+    Args:
+        counts: histogram of the weights from -128 to 127, [256].
+        profile: what to optimise.
+    """
+    present = np.flatnonzero(counts) - 128
+    low, high = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
+    bits = {split: split_bits(counts, split) for split in SPLITS if split.holds(low, high)}
+    fewest = min(bits.values())
+    if profile == "compact":
+        # of splits that cost the same, one that decodes more weights a look-up
+        return min(bits, key=lambda s: (round(bits[s], 3), s.coded_bits))
+    if profile == "auto":
+        bits = {split: b for split, b in bits.items() if b <= fewest + AUTO_BITS}
+    return min(bits, key=lambda s: (seconds_per_weight(s, bits[s]), bits[s]))
+
+
+def choose_lanes(profile: Profile) -> int:
+    """Streams a tile: few cost few bits (32 state bits a lane, words padded to the longest), many decode in parallel."""
+    return {"compact": 32, "auto": 64, "fast": 256}[profile]
