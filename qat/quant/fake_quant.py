@@ -1,0 +1,79 @@
+"""Symmetric fake quantisation with a straight-through estimator.
+
+Forward, with s the scale and c = clamp(w / s, -qmax, qmax):
+
+    q = round(c)        half to even
+    w' = s * q
+
+The gradients are those of the surrogate s * (c + r), in which r = round(c) - c is held constant:
+
+    dw'/dw = 1 where |w / s| <= qmax, else 0
+    dw'/ds = q - w / s where |w / s| <= qmax, else q, which is +-qmax      (LSQ, arXiv 1902.08153)
+
+Only w, a leaf that lives anyway, and s are kept for the backward, which computes w / s again.
+"""
+
+from typing import Any
+
+import torch
+from rans_kernels.dense import dequantize, expand_scale
+from torch import Tensor
+
+from qat.quant.scales import blocks
+
+
+def quantize(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None = None) -> Tensor:
+    """clamp(round(weight / scale), -qmax, qmax) in float32, ties to even.
+
+    Args:
+        weight: float [N, K].
+        scale: float32 [1, 1], [N, 1] or [N, G], see `rans_kernels.dense.expand_scale`.
+        qmax: largest integer, at most 127.
+        group_size: columns that share a scale, or None.
+
+    Returns:
+        int8 [N, K]. Meaningless where the quotient is NaN.
+    """
+    return _steps(weight, scale, group_size).round_().clamp_(-qmax, qmax).to(torch.int8)
+
+
+def fake_quantize(
+    weight: Tensor, scale: Tensor, qmax: int, dtype: torch.dtype, group_size: int | None = None
+) -> Tensor:
+    """dequantize(quantize(weight)) in `dtype`, to the bit; gradients as the module says.
+
+    Args:
+        weight: float [N, K]; gets its gradient in its own dtype.
+        scale: float32 [1, 1], [N, 1] or [N, G]; gets one, summed over what shares it, if it requires grad.
+        qmax: largest integer, at most 127.
+        dtype: of the result [N, K].
+        group_size: columns that share a scale, or None.
+    """
+    return _FakeQuantize.apply(weight, scale, qmax, dtype, group_size)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, qmax: int, dtype: torch.dtype, group_size: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.qmax, ctx.group_size = qmax, group_size
+        return dequantize(quantize(weight, scale, qmax, group_size), scale, dtype, group_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        steps = _steps(weight, scale, ctx.group_size)
+        inside = steps.abs() <= ctx.qmax
+        grad_weight = torch.where(inside, grad, 0).to(weight.dtype)
+        if not ctx.needs_input_grad[1]:
+            return grad_weight, None, None, None, None
+        slope = steps.round().clamp(-ctx.qmax, ctx.qmax) - torch.where(inside, steps, 0)
+        shared = blocks(grad.float() * slope, scale.shape[0], ctx.group_size)
+        grad_scale = torch.cat([block.sum((-2, -1)) for block in shared], dim=1)
+        return grad_weight, grad_scale, None, None, None
+
+
+def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
+    return weight.float() / expand_scale(scale, weight.shape[1], group_size)

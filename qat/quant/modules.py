@@ -1,0 +1,117 @@
+"""Linear and embedding layers that compute with the fake-quantised value of a float master weight.
+
+They hold the very Parameter of the layer they replace, so weights that were tied stay tied. They save the stock keys
+`weight` and `bias`; a learned scale adds `weight_log2_scale`, owned by one of the layers that share a weight.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.config import QuantConfig, ScaleRule
+from qat.quant.fake_quant import fake_quantize
+from qat.quant.scales import grid, weight_scale
+
+
+class QATModule(nn.Module):
+    """What QATLinear and QATEmbedding have in common: a master weight [N, K] and how it is quantised."""
+
+    weight: Tensor
+    weight_log2_scale: nn.Parameter | None
+    """float32 [R, G], see `weight_scale`; None unless this module owns a learned scale."""
+    quant_config: QuantConfig
+    fake_quant_enabled: bool
+    """False computes with the master weight."""
+
+    def adopt(self, module: nn.Module, config: QuantConfig, owner: "QATModule | None") -> Self:
+        """Take over the Parameters and the mode of `module`; called once, by `from_float`."""
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.quant_config, self.fake_quant_enabled = config, True
+        # in a tuple, or the owner would be registered as a submodule
+        self._owner = () if owner is None else (owner,)
+        self.register_parameter("weight_log2_scale", None)
+        if config.scale is ScaleRule.learned and owner is None:
+            self._reset_log2_scale()
+        return self.train(module.training)
+
+    @property
+    def log2_scale(self) -> nn.Parameter | None:
+        """The learned scale in log2, this module's or the one of the module it shares its weight with."""
+        return self._owner[0].weight_log2_scale if self._owner else self.weight_log2_scale
+
+    def fake_quantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] to compute with, made in `dtype` without a float32 copy in between."""
+        qmax, group_size = grid(self.quant_config)
+        scale = weight_scale(self.weight, self.quant_config, self.log2_scale)
+        return fake_quantize(self.weight, scale, qmax, dtype, group_size)
+
+    def extra_repr(self) -> str:
+        """The stock layer's, then bits, granularity and rule."""
+        config = self.quant_config
+        _, group_size = grid(config)
+        granularity = config.granularity.value + (f"({group_size})" if group_size else "")
+        off = "" if self.fake_quant_enabled else ", fake_quant=off"
+        return f"{super().extra_repr()}, {config.bits} bits {granularity} {config.scale.value}{off}"
+
+    def _reset_log2_scale(self) -> None:
+        value = weight_scale(self.weight, self.quant_config).log2()
+        if self.weight_log2_scale is None or self.weight_log2_scale.is_meta:
+            self.weight_log2_scale = nn.Parameter(value)
+        else:
+            self.weight_log2_scale.data.copy_(value)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        # a stock checkpoint: start the scale from the weight just loaded
+        if f"{prefix}weight_log2_scale" in missing and f"{prefix}weight" in state_dict:
+            missing.remove(f"{prefix}weight_log2_scale")
+            self._reset_log2_scale()
+
+
+class QATLinear(QATModule, nn.Linear):
+    """nn.Linear with a fake-quantised weight."""
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, config: QuantConfig, owner: QATModule | None = None) -> Self:
+        """Share the Parameters of `linear`.
+
+        Args:
+            linear: the layer to replace.
+            config: bits, granularity and scale rule.
+            owner: the module whose learned scale this one uses, where both hold the same weight.
+        """
+        bias = linear.bias is not None
+        new = cls(linear.in_features, linear.out_features, bias, device="meta")
+        return new.adopt(linear, config, owner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]; under autocast the weight is made in the autocast dtype, else in its own."""
+        if not self.fake_quant_enabled:
+            return super().forward(x)
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+        return F.linear(x, self.fake_quantized_weight(dtype), self.bias)
+
+
+class QATEmbedding(QATModule, nn.Embedding):
+    """nn.Embedding with a fake-quantised table; a plain one, without max_norm and sparse gradients."""
+
+    @classmethod
+    def from_float(cls, embedding: nn.Embedding, config: QuantConfig, owner: QATModule | None = None) -> Self:
+        """Share the Parameter of `embedding`; arguments as for `QATLinear.from_float`."""
+        shape = embedding.num_embeddings, embedding.embedding_dim
+        new = cls(*shape, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq, device="meta")
+        return new.adopt(embedding, config, owner)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> vectors [..., D] in the table's dtype, under autocast too."""
+        if not self.fake_quant_enabled:
+            return super().forward(ids)
+        table = self.fake_quantized_weight(self.weight.dtype)
+        return F.embedding(ids, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
