@@ -20,7 +20,8 @@ def expand_scale(scale: Tensor, columns: int, group_size: int | None = None) -> 
     """
     if group_size is None:
         return scale
-    return scale.repeat_interleave(group_size, dim=1)[:, :columns]
+    # no repeat_interleave and slice: inductor's c++ of torch 2.13 leaves a ragged last group unwritten
+    return scale.index_select(1, torch.arange(columns, device=scale.device) // group_size)
 
 
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | None = None) -> Tensor:
@@ -57,9 +58,7 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, shown by print(model)."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Int8Embedding(nn.Module):
