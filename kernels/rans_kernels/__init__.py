@@ -1,0 +1,56 @@
+"""rANS-compressed INT8 weights: codec, kernels and runtime.
+
+`import rans_kernels` makes `AutoModelForCausalLM.from_pretrained` read compressed folders. The import itself costs nothing: torch and
+transformers are loaded when first needed, so that `rans_kernels.format` works with numpy alone.
+"""
+
+import importlib
+import importlib.util
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rans_kernels.hf import load
+    from rans_kernels.linear import CompressedEmbedding, CompressedLinear
+
+__all__ = ["CompressedEmbedding", "CompressedLinear", "load"]
+
+_LAZY = {"load": "hf", "CompressedLinear": "linear", "CompressedEmbedding": "linear"}
+_QUANTIZERS = "transformers.quantizers.auto"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rans_kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rans_kernels.{_LAZY[name]}"), name)
+
+
+class _RegisterAfterImport(MetaPathFinder, Loader):
+    """Imports our quantizer, which registers itself, as soon as transformers' registry has been imported."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != _QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[union-attr]
+        self._loader.exec_module(module)
+        importlib.import_module("rans_kernels.hf")
+
+
+if _QUANTIZERS in sys.modules:
+    importlib.import_module("rans_kernels.hf")
+else:
+    sys.meta_path.insert(0, _RegisterAfterImport())

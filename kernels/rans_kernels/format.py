@@ -49,9 +49,7 @@ class Split:
     def __post_init__(self) -> None:
         c, r = self.coded_bits, self.raw_bits
         if c not in CODED_BITS or not 0 <= r <= 8 - c or (c == 1 and r == 0):
-            raise FormatError(
-                f"no split of {c} coded and {r} raw bits: coded_bits is 8, 4, 2 or 1, together 8 at most"
-            )
+            raise FormatError(f"no split of {c} coded and {r} raw bits: coded_bits is 8, 4, 2 or 1, together 8 at most")
 
     def __str__(self) -> str:
         return f"c{self.coded_bits}r{self.raw_bits}"
@@ -194,9 +192,7 @@ class TileLayout:
             raise FormatError(f"offsets run from {offsets[0]} to {offsets[-1]} in a stream of {rows} rows")
         sizes = np.diff(offsets.astype(np.int64))
         if np.any(sizes < self.head_rows) or np.any(sizes[self.head_rows == 0] != 0):
-            raise FormatError(
-                "offsets do not fit the tiles: a group is shorter than its states and raw plane"
-            )
+            raise FormatError("offsets do not fit the tiles: a group is shorter than its states and raw plane")
         most = self.head_rows + self.units * self.unit_symbols
         if np.any(sizes > most):
             raise FormatError("offsets do not fit the tiles: a group is longer than its symbols can make it")

@@ -64,9 +64,7 @@ def encode_tiles(weights: NDArray[np.int8], layout: TileLayout, workers: int | N
         FormatError: wrong dtype or shape, a weight out of range, or more than 2^31 rows.
     """
     if weights.dtype != np.int8 or weights.shape != layout.shape:
-        raise FormatError(
-            f"expected int8 weights of shape {layout.shape}, got {weights.dtype} {weights.shape}"
-        )
+        raise FormatError(f"expected int8 weights of shape {layout.shape}, got {weights.dtype} {weights.shape}")
     if weights.size and not layout.split.holds(int(weights.min()), int(weights.max())):
         low = layout.split.low
         raise FormatError(
@@ -173,9 +171,7 @@ def _count_symbols(weights, begin, end, tiles_k, unit_origin, position, coded, c
             for u in range(unit_origin.shape[1]):
                 row, column = unit_origin[g, u, 0], unit_origin[g, u, 1]
                 if row < rows and column < columns:
-                    _unit_symbols(
-                        tile, row * TILE + column, position, coded, coded_bits, unit_symbols, symbols
-                    )
+                    _unit_symbols(tile, row * TILE + column, position, coded, coded_bits, unit_symbols, symbols)
                     for s in range(unit_symbols):
                         for lane in range(GROUP_LANES):
                             counts[symbols[s, lane]] += 1

@@ -1,0 +1,1 @@
+"""One folder an operation: naive.py says what it computes, triton.py how, op.py picks the backend."""

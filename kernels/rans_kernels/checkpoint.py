@@ -1,0 +1,324 @@
+"""The folder on disk: a Hugging Face folder whose config.json says how each weight is coded. Written atomically, verified.
+
+config.json                     the model's own, and `quantization_config` (docs/format.md)
+model-0000i-of-0000n.safetensors, model.safetensors.index.json
+tokenizer and generation config, README.md (model card), export_report.json
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rans_kernels.coder import EncodedTensor, decode_tiles
+from rans_kernels.format import FORMAT_VERSION, FormatError, TileLayout, crc32
+
+QUANT_METHOD = "codecllm"
+BUFFERS = ("weight_stream", "weight_offsets", "weight_freqs", "weight_scale")
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What config.json says of one compressed weight.
+
+    Attributes:
+        kind: linear or embedding.
+        layout: how it is coded.
+        rows: of the stream.
+        scale_shape: of the scales.
+        group_size: columns that share a scale, or None.
+        bias: whether the layer has one; it is stored plainly.
+        crc32: checksum of each stored buffer, by name.
+    """
+
+    kind: str
+    layout: TileLayout
+    rows: int
+    scale_shape: tuple[int, int]
+    group_size: int | None
+    bias: bool
+    crc32: dict[str, int]
+
+    @classmethod
+    def describe(
+        cls, kind: str, encoded: EncodedTensor, scale: Tensor, group_size: int | None, bias: bool
+    ) -> tuple["LayerEntry", dict[str, Tensor]]:
+        """The entry of an encoded weight, and its buffers."""
+        buffers = {
+            "weight_stream": torch.from_numpy(encoded.stream),
+            "weight_offsets": torch.from_numpy(encoded.offsets),
+            "weight_freqs": torch.from_numpy(encoded.freqs),
+            "weight_scale": scale.to(torch.float32).contiguous(),
+        }
+        sums = {name: crc32(buffer.numpy()) for name, buffer in buffers.items()}
+        shape = (scale.shape[0], scale.shape[1])
+        return cls(kind, encoded.layout, len(encoded.stream), shape, group_size, bias, sums), buffers
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for config.json."""
+        return {
+            "kind": self.kind,
+            **self.layout.to_json(),
+            "rows": self.rows,
+            "scale_shape": list(self.scale_shape),
+            "group_size": self.group_size,
+            "bias": self.bias,
+            "crc32": self.crc32,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "LayerEntry":
+        """The entry that `to_json` wrote.
+
+        Raises:
+            FormatError: a key is missing or has a value out of range.
+        """
+        layout = TileLayout.from_json(data)
+        try:
+            scale_n, scale_groups = (int(size) for size in data["scale_shape"])
+            size = data["group_size"]
+            sums = {name: int(data["crc32"][name]) for name in BUFFERS}
+            entry = cls(
+                str(data["kind"]), layout, int(data["rows"]), (scale_n, scale_groups),
+                None if size is None else int(size), bool(data["bias"]), sums,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"a layer's entry in config.json is damaged: {error!r}") from error
+        n, k = layout.shape
+        groups = 1 if entry.group_size is None else -(-k // max(1, entry.group_size))
+        if entry.kind not in ("linear", "embedding") or entry.rows < 1:
+            raise FormatError(f"a layer's entry in config.json is damaged: kind {entry.kind!r}, {entry.rows} rows")
+        if entry.scale_shape not in ((1, 1), (n, groups)):
+            raise FormatError(f"scales of shape {entry.scale_shape} do not fit a weight of shape {layout.shape}")
+        return entry
+
+
+def quantization_config(
+    layers: dict[str, LayerEntry], tied: dict[str, str], quant: dict[str, Any], profile: str, producer: str
+) -> dict[str, Any]:
+    """The `quantization_config` block of config.json.
+
+    Args:
+        layers: entry of every compressed module.
+        tied: linear modules that share the weight of an embedding: {"lm_head": "model.embed_tokens"}.
+        quant: the QuantConfig the integers were made with, as plain data.
+        profile: compact, fast or auto.
+        producer: name and version of the program that wrote it.
+    """
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "producer": producer,
+        "profile": profile,
+        "quant": quant,
+        "tied": tied,
+        "layers": {name: entry.to_json() for name, entry in layers.items()},
+    }
+
+
+def parse_layers(config: dict[str, Any]) -> dict[str, LayerEntry]:
+    """Entries of every compressed module of a `quantization_config`.
+
+    Raises:
+        FormatError: another method or version, or a damaged entry; the message names the module.
+    """
+    if config.get("quant_method") != QUANT_METHOD:
+        raise FormatError(
+            f"quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}: not a codecllm folder"
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"format_version is {version}; this codecllm reads {FORMAT_VERSION}: install one that reads it"
+        )
+    layers = {}
+    for name, data in config.get("layers", {}).items():
+        try:
+            layers[name] = LayerEntry.from_json(data)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+    return layers
+
+
+class FolderWriter:
+    """Writes a folder beside its final place and renames it there when complete; on an error nothing is left.
+
+    Use as a context manager; `add` tensors, then `finish`.
+    """
+
+    def __init__(self, output: Path, shard_bytes: int):
+        """Args: output: the folder to make. shard_bytes: a new shard is begun before one grows beyond."""
+        self.output, self.shard_bytes = output, shard_bytes
+        self.folder = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> "FolderWriter":
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Add tensors that belong together: they go to one shard."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._pending and sum(t.nbytes for t in self._pending.values()) + size > self.shard_bytes:
+            self._flush()
+        self._pending.update(tensors)
+
+    def _flush(self) -> None:
+        path = self.folder / f"shard-{len(self._shards):05d}"
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # the writer reports a full disk in its own words
+            raise OSError(f"cannot write {self.output}: {error}") from error
+        self._shards.append((path, list(self._pending)))
+        self._bytes += sum(tensor.nbytes for tensor in self._pending.values())
+        self._pending = {}
+
+    def finish(self, config: dict[str, Any], overwrite: bool = False) -> None:
+        """Name the shards, write index and config.json, and move the folder into place."""
+        if self._pending or not self._shards:
+            self._flush()
+        total, index = len(self._shards), {}
+        for i, (path, names) in enumerate(self._shards):
+            single = total == 1
+            name = "model.safetensors" if single else f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+            path.rename(self.folder / name)
+            index |= dict.fromkeys(names, name)
+        if total > 1:
+            data = {"metadata": {"total_size": self._bytes}, "weight_map": index}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(data, indent=1))
+        # without it nothing loads the folder, so it comes last
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        if overwrite and self.output.exists():
+            old = self.folder.with_name(self.folder.name + "-old")
+            self.output.rename(old)
+            self.folder.rename(self.output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(self.folder, self.output)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a compressed folder.
+
+    Raises:
+        FormatError: no folder, no config.json, not JSON, or not compressed.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FormatError(f"{folder} is not a compressed model: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or "quantization_config" not in config:
+        raise FormatError(f"{folder} is not a compressed model: config.json has no quantization_config")
+    return config
+
+
+def shard_of(folder: Path) -> dict[str, Path]:
+    """File of every stored tensor.
+
+    Raises:
+        FormatError: no weights, or a shard of the index is missing or damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise FormatError(f"{index} is damaged: {error!r}") from error
+        if missing := sorted({path.name for path in names.values() if not path.is_file()}):
+            raise FormatError(f"{folder} lacks {', '.join(missing)}: copy the whole folder again")
+        return names
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FormatError(f"{folder} has no model.safetensors: copy the whole folder again")
+    with open_shard(single) as shard:
+        return dict.fromkeys(shard.keys(), single)
+
+
+def open_shard(path: Path) -> Any:
+    """Open a safetensors file.
+
+    Raises:
+        FormatError: truncated or damaged.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is damaged or truncated ({error}): copy it again") from error
+
+
+def read_layer(name: str, entry: LayerEntry, shards: dict[str, Path]) -> tuple[EncodedTensor, Tensor]:
+    """Read one compressed weight and its scales, checksums compared.
+
+    Raises:
+        FormatError: a buffer is missing, has another shape or dtype, or another checksum.
+    """
+    buffers = {}
+    for buffer in BUFFERS:
+        key = f"{name}.{buffer}"
+        if key not in shards:
+            raise FormatError(f"{key} is missing from the folder")
+        with open_shard(shards[key]) as shard:
+            try:
+                buffers[buffer] = shard.get_tensor(key)
+            except SafetensorError as error:
+                raise FormatError(f"{shards[key]} is damaged: {error}") from error
+    check_buffers(name, entry, buffers)
+    stream, offsets, freqs = (buffers[b].numpy() for b in BUFFERS[:3])
+    return EncodedTensor(entry.layout, stream, offsets, freqs), buffers["weight_scale"]
+
+
+def check_buffers(name: str, entry: LayerEntry, buffers: dict[str, Tensor]) -> None:
+    """Compare shapes, dtypes and checksums of a weight's buffers with its entry.
+
+    Raises:
+        FormatError: naming the buffer.
+    """
+    groups = entry.layout.tiles * entry.layout.groups
+    expected = {
+        "weight_stream": ((entry.rows, 16), torch.int32),
+        "weight_offsets": ((groups + 1,), torch.int32),
+        "weight_freqs": ((256,), torch.int16),
+        "weight_scale": (entry.scale_shape, torch.float32),
+    }
+    for buffer, (shape, dtype) in expected.items():
+        tensor = buffers[buffer]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise FormatError(f"{name}.{buffer} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+        if crc32(tensor.cpu().numpy()) != entry.crc32[buffer]:
+            raise FormatError(f"{name}.{buffer} is altered: its checksum differs; copy or export the folder again")
+
+
+def iterate_weights(folder: Path, workers: int | None = None) -> Iterator[tuple[str, LayerEntry, np.ndarray, Tensor]]:
+    """Decode every compressed weight of a folder in turn: name, entry, int8 [N, K], scales.
+
+    Raises:
+        FormatError: the first thing that is wrong with the folder.
+    """
+    config = read_config(folder)["quantization_config"]
+    shards = shard_of(folder)
+    for name, entry in parse_layers(config).items():
+        encoded, scale = read_layer(name, entry, shards)
+        try:
+            weights = decode_tiles(entry.layout, encoded.stream, encoded.offsets, encoded.freqs, workers)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+        yield name, entry, weights, scale

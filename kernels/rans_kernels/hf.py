@@ -1,0 +1,130 @@
+"""Hugging Face integration: the quantizer that lets `from_pretrained` read compressed folders.
+
+Before the weights are loaded, the linear layers and embeddings that config.json lists are replaced by modules whose buffers have
+the names and shapes of the stored tensors; transformers then loads them like any others.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+# the leaf modules: this one is imported while transformers.quantizers itself is (rans_kernels/__init__.py)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rans_kernels.checkpoint import BUFFERS, QUANT_METHOD, LayerEntry, check_buffers, parse_layers, read_config, shard_of
+from rans_kernels.format import FormatError
+from rans_kernels.linear import CompressedEmbedding, CompressedLinear, CompressedWeight, TiedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class CodecConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed folder, kept as it was read."""
+
+    def __init__(self, **kwargs: Any):
+        """Args: kwargs: the block of config.json, see docs/format.md."""
+        self.quant_method = kwargs.pop("quant_method", QUANT_METHOD)
+        for key, value in kwargs.items():
+            setattr(self, key, value)
+
+    @property
+    def layers_parsed(self) -> dict[str, LayerEntry]:
+        """Entry of every compressed module."""
+        return parse_layers(self.to_dict())
+
+
+@register_quantizer(QUANT_METHOD)
+class CodecQuantizer(HfQuantizer):
+    """Swaps modules before loading, checks streams after it."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        """Args: quantization_config: of the folder. kwargs: as HfQuantizer."""
+        super().__init__(quantization_config, **kwargs)
+        self.layers: dict[str, LayerEntry] = quantization_config.layers_parsed
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        for name, entry in self.layers.items():
+            replace_module(model, name, module_for(entry))
+        for head, source in self.quantization_config.tied.items():
+            replace_module(model, head, TiedLinear(model.get_submodule(source)))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        for name, entry in self.layers.items():
+            module = model.get_submodule(name)
+            check_buffers(name, entry, {buffer: getattr(module, buffer) for buffer in BUFFERS})
+            if isinstance(module, CompressedEmbedding):
+                module.dtype = model.dtype
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """A loaded model can be saved again: its buffers are the stored tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Weights stay as they are."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` may compile the model."""
+        return True
+
+
+def module_for(entry: LayerEntry) -> CompressedWeight:
+    """An empty module with the buffers of an entry."""
+    if entry.kind == "embedding":
+        return CompressedEmbedding(entry.layout, entry.rows, entry.scale_shape, entry.group_size)
+    return CompressedLinear(entry.layout, entry.rows, entry.scale_shape, entry.group_size, entry.bias)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another.
+
+    Raises:
+        FormatError: the model has none of that name.
+    """
+    parent, _, child = name.rpartition(".")
+    try:
+        model.get_submodule(name)
+    except AttributeError as error:
+        raise FormatError(f"config.json lists {name}, which a {type(model).__name__} does not have") from error
+    setattr(model.get_submodule(parent), child, new)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+    """Load a compressed folder, in eval mode.
+
+    Args:
+        folder: written by export.
+        device: where it goes.
+        dtype: of activations and of what is not compressed; None takes the stored one.
+
+    Raises:
+        FormatError: not such a folder, another version, a missing, truncated or altered file.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = read_config(folder)
+    parse_layers(config["quantization_config"])
+    shard_of(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{folder} does not load: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+        raise FormatError(f"the weights of {folder} do not fit its config.json: {problems}")
+    return model.to(device).eval()

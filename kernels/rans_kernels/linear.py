@@ -1,0 +1,175 @@
+"""Modules whose weights stay compressed: CompressedLinear, CompressedEmbedding, and a head tied to the embedding.
+
+On a GPU a linear layer multiplies straight from its streams. On the CPU, and for look-ups, weights are decoded once to INT8 and
+kept; what is computed with them is `dense.dequantize`, to the bit what the fake-quant training forward computes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rans_kernels.coder.encoder import EncodedTensor
+from rans_kernels.dense import Int8Embedding, dequantize
+from rans_kernels.format import ROW_INTS, TileLayout
+from rans_kernels.ops.rans_decode import rans_decode
+from rans_kernels.ops.rans_linear import rans_linear
+from rans_kernels.ops.table import slot_table
+
+
+class CompressedWeight(nn.Module):
+    """Buffers of one compressed weight, named as in the file, and what is derived from them on first use.
+
+    Attributes:
+        weight_stream: int32 [rows, 16].
+        weight_offsets: int32 [tiles * groups + 1].
+        weight_freqs: int16 [256].
+        weight_scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)].
+    """
+
+    weight_stream: Tensor
+    weight_offsets: Tensor
+    weight_freqs: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, layout: TileLayout, rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
+        """Args: layout: how it is coded. rows: of the stream. scale_shape: of the scales. group_size: or None."""
+        super().__init__()
+        self.layout, self.group_size = layout, group_size
+        self.register_buffer("weight_stream", torch.zeros(rows, ROW_INTS, dtype=torch.int32))
+        self.register_buffer("weight_offsets", torch.zeros(layout.tiles * layout.groups + 1, dtype=torch.int32))
+        self.register_buffer("weight_freqs", torch.zeros(256, dtype=torch.int16))
+        self.register_buffer("weight_scale", torch.zeros(scale_shape, dtype=torch.float32))
+        # derived, and dropped whenever the buffers move
+        self._table: Tensor | None = None
+        self._int8: Tensor | None = None
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self._table = self._int8 = None
+        return super()._apply(fn, recurse)
+
+    def load_encoded(self, encoded: EncodedTensor, scale: Tensor) -> None:
+        """Fill the buffers from an encoder's result."""
+        self.weight_stream.copy_(torch.from_numpy(encoded.stream))
+        self.weight_offsets.copy_(torch.from_numpy(encoded.offsets))
+        self.weight_freqs.copy_(torch.from_numpy(encoded.freqs))
+        self.weight_scale.copy_(scale)
+
+    def check(self) -> None:
+        """Check offsets and table against the layout.
+
+        Raises:
+            FormatError: a decoder could leave the stream.
+        """
+        offsets, freqs = self.weight_offsets.cpu().numpy(), self.weight_freqs.cpu().numpy()
+        self.layout.check(len(self.weight_stream), offsets, freqs)
+
+    @property
+    def table(self) -> Tensor:
+        """Slot table on the buffers' device; buffers are checked before it is first made."""
+        if self._table is None:
+            self.check()
+            self._table = slot_table(self.weight_freqs)
+        return self._table
+
+    def decode(self) -> Tensor:
+        """The integers, int8 [N, K], on the buffers' device."""
+        return rans_decode(self.weight_stream, self.weight_offsets, self.table, self.layout)
+
+    @property
+    def weight_int8(self) -> Tensor:
+        """The integers, decoded on first use and kept."""
+        if self._int8 is None:
+            self._int8 = self.decode()
+        return self._int8
+
+    @property
+    def stored_bytes(self) -> int:
+        """Everything stored for the weight."""
+        buffers = (self.weight_stream, self.weight_offsets, self.weight_freqs, self.weight_scale)
+        return sum(buffer.nbytes for buffer in buffers)
+
+    @property
+    def backend(self) -> str:
+        """What a forward runs: cpu-int8 (decoded once) or triton-fused."""
+        return "cpu-int8" if self.weight_stream.device.type == "cpu" else "triton-fused"
+
+    def extra_repr(self) -> str:
+        """Shape, coding, size and backend, shown by print(model)."""
+        (n, k), layout = self.layout.shape, self.layout
+        bits = 8 * self.stored_bytes / max(1, n * k)
+        coding = f"split={layout.split}, lanes={layout.lanes}, bits={bits:.2f}"
+        return f"in_features={k}, out_features={n}, {coding}, backend={self.backend}"
+
+
+class CompressedLinear(CompressedWeight):
+    """Linear layer that computes from compressed weights."""
+
+    def __init__(
+        self,
+        layout: TileLayout,
+        rows: int,
+        scale_shape: tuple[int, int],
+        group_size: int | None = None,
+        bias: bool = False,
+    ):
+        """As CompressedWeight; bias: whether there is one."""
+        super().__init__(layout, rows, scale_shape, group_size)
+        self.out_features, self.in_features = layout.shape
+        self.bias = nn.Parameter(torch.zeros(self.out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        return linear_from(self, x, self.bias)
+
+
+class CompressedEmbedding(CompressedWeight):
+    """Embedding whose rows are looked up in INT8, decoded once."""
+
+    def __init__(self, layout: TileLayout, rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
+        """As CompressedWeight. Vectors come out in the default dtype of the time of construction."""
+        super().__init__(layout, rows, scale_shape, group_size)
+        self.num_embeddings, self.embedding_dim = layout.shape
+        self.dtype = torch.get_default_dtype()
+
+    @property
+    def backend(self) -> str:
+        """Always decoded once."""
+        return f"{self.weight_stream.device.type}-int8"
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> vectors [..., D]."""
+        return Int8Embedding(self.weight_int8, self.weight_scale, self.dtype, self.group_size)(ids)
+
+
+class TiedLinear(nn.Module):
+    """Output head that shares the compressed weight of the embedding."""
+
+    def __init__(self, embedding: CompressedEmbedding):
+        """Args: embedding: holds the weight; it stays out of this module's state."""
+        super().__init__()
+        self._embedding = (embedding,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., V] in x's dtype."""
+        return linear_from(self._embedding[0], x, None)
+
+    def extra_repr(self) -> str:
+        """Shows what it is tied to."""
+        return f"tied, {self._embedding[0].extra_repr()}"
+
+
+def linear_from(weight: CompressedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ W.T + bias on the device of the weight."""
+    if x.device.type == "cpu":
+        dense = dequantize(weight.weight_int8, weight.weight_scale, x.dtype, weight.group_size)
+        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    y = rans_linear(
+        x,
+        weight.weight_stream,
+        weight.weight_offsets,
+        weight.table,
+        weight.weight_scale,
+        weight.layout,
+        weight.group_size,
+    )
+    return y if bias is None else y + bias.to(y.dtype)

@@ -1,0 +1,133 @@
+"""The layout covers a tile exactly once, and the planner and the tables keep their promises."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rans_kernels.coder import encode_tiles, entropy, normalise_frequencies, weight_histogram
+from rans_kernels.coder.plan import choose_lanes, choose_split, split_bits
+from rans_kernels.format import LANES, SPLITS, FormatError, Split, TileLayout, lane_positions, raw_fields
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_every_weight_of_a_tile_has_one_place(lanes):
+    layout = TileLayout((256, 256), Split(8, 0), lanes)
+    places = (layout.unit_origin[:, :, None, None] + lane_positions()).reshape(-1, 2)
+    assert len(np.unique(places[:, 0] * 256 + places[:, 1])) == 256 * 256
+
+
+@pytest.mark.parametrize("raw_bits", range(8))
+def test_every_raw_bit_has_one_place(raw_bits):
+    taken = set()
+    for shift, width, word, bit in raw_fields(raw_bits):
+        assert shift + width <= raw_bits
+        taken |= {(int(w), int(b) + i) for w, b in zip(word.flat, bit.flat, strict=True) for i in range(width)}
+    assert taken == {(word, bit) for word in range(raw_bits) for bit in range(32)}
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_coded_and_raw_bits_tell_every_weight_apart(split):
+    weights = np.arange(split.low, -split.low)
+    coded, raw = split.parts(weights)
+    assert coded.max() < 1 << split.coded_bits
+    assert raw.max() < 1 << split.raw_bits if split.raw_bits else not raw.any()
+    assert len({(int(c), int(r)) for c, r in zip(coded, raw, strict=True)}) == len(weights)
+
+
+@pytest.mark.parametrize(("coded", "raw"), [(8, 1), (3, 2), (1, 0), (4, 5), (2, -1), (0, 4)])
+def test_impossible_splits_are_refused(coded, raw):
+    with pytest.raises(FormatError):
+        Split(coded, raw)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 10**9), min_size=256, max_size=256), st.sampled_from((10, 11, 12)), st.integers(0, 254))
+def test_frequencies_fill_the_table_and_keep_every_symbol(counts, probability_bits, zeros):
+    counts = np.array(counts, np.int64)
+    counts[:zeros] = 0
+    freqs = normalise_frequencies(counts, probability_bits).astype(np.int64)
+    assert freqs.sum() == 1 << probability_bits
+    if counts.any():
+        assert np.array_equal(freqs > 0, counts > 0)
+
+
+def test_frequencies_are_a_local_optimum():
+    rng = np.random.default_rng(0)
+    counts = rng.zipf(1.3, 256).clip(0, 10**7)
+    freqs = normalise_frequencies(counts, 10).astype(np.int64)
+
+    def bits(f):
+        return -(counts * np.log2(f / 1024)).sum()
+
+    best = bits(freqs)
+    for a in range(0, 256, 5):
+        for b in range(0, 256, 7):
+            if a != b and freqs[a] > 1:
+                moved = freqs.copy()
+                moved[a] -= 1
+                moved[b] += 1
+                assert bits(moved) >= best * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 7])
+def test_compact_profile_stays_near_the_entropy(bits):
+    w = gaussian(bits, 2048)
+    counts = weight_histogram(w)
+    split = choose_split(counts, "compact")
+    e = encode_tiles(w, TileLayout(w.shape, split, choose_lanes("compact")))
+    scales = 4 * len(w)
+    assert 8 * (e.nbytes + scales) / w.size < entropy(counts) + 0.12
+
+
+@pytest.mark.parametrize("profile", ["compact", "auto", "fast"])
+@pytest.mark.parametrize("values", [[0], [-128, 127], [-3, 4], []])
+def test_planned_splits_hold_the_weights(profile, values):
+    w = np.array(values, np.int8)
+    split = choose_split(weight_histogram(w), profile)
+    assert not values or split.holds(min(values), max(values))
+
+
+def test_auto_spends_little_over_compact_and_looks_up_less_often():
+    counts = weight_histogram(gaussian(4, 512))
+    compact, auto = choose_split(counts, "compact"), choose_split(counts, "auto")
+    assert auto.coded_bits < compact.coded_bits
+    assert split_bits(counts, auto) <= split_bits(counts, compact) + 0.1
+
+
+def test_layout_survives_json_and_damage_is_named():
+    layout = TileLayout((63, 257), Split(2, 3), 256, 11)
+    assert TileLayout.from_json(layout.to_json()) == layout
+    for key in layout.to_json():
+        for bad in ("x", None, -7):
+            with pytest.raises(FormatError):
+                TileLayout.from_json(layout.to_json() | {key: bad})
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("rans_kernels.format", ("torch", "numba", "triton", "transformers")),
+        ("rans_kernels.coder", ("torch", "triton", "transformers")),
+        ("rans_kernels", ("torch", "numba", "triton", "transformers")),
+        ("qat", ("pytorch_lightning", "hydra", "transformers", "wandb")),
+        ("qat.quant", ("pytorch_lightning", "hydra", "transformers", "wandb", "triton")),
+    ],
+)
+def test_imports_stay_lean(module, absent):
+    code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_imports_run_one_way():
+    code = "import sys, rans_kernels.hf, rans_kernels.linear; print('qat' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def gaussian(bits: float, size: int) -> np.ndarray:
+    """Gaussian integers of about so many bits of entropy, [size, size]."""
+    sigma = 2 ** (bits - 2.05)
+    w = np.random.default_rng(0).normal(0, sigma, (size, size))
+    return np.clip(np.rint(w), -127, 127).astype(np.int8)
