@@ -17,17 +17,16 @@ from qat.quant.scales import grid, weight_scale
 
 def check_config(config: QuantConfig) -> None:
     """Raise UserError, naming the key, for a value that means nothing."""
-    checks = {
-        f"quant.bits={config.bits}: must be 2 to 8": 2 <= config.bits <= 8,
-        f"quant.group_size={config.group_size}: must be a positive multiple of 32": (
-            config.group_size > 0 and config.group_size % 32 == 0
-        ),
-        "quant.init=learned: a learned scale starts from absmax or std": config.init is not ScaleRule.learned,
-        f"quant.k={config.k}: must be positive": config.k > 0,
-        f"quant.start_step={config.start_step}: must not be negative": config.start_step >= 0,
-    }
-    for message, fine in checks.items():
-        if not fine:
+    group_size = config.group_size
+    problems = [
+        (not 2 <= config.bits <= 8, f"quant.bits={config.bits} must be 2 to 8"),
+        (group_size < 32 or group_size % 32, f"quant.group_size={group_size} must be a positive multiple of 32"),
+        (config.init is ScaleRule.learned, "quant.init=learned must be absmax or std, where a learned scale starts"),
+        (not config.k > 0, f"quant.k={config.k} must be positive"),
+        (config.start_step < 0, f"quant.start_step={config.start_step} must not be negative"),
+    ]
+    for wrong, message in problems:
+        if wrong:
             raise UserError(message)
 
 

@@ -25,18 +25,6 @@ class QATModule(nn.Module):
     fake_quant_enabled: bool
     """False computes with the master weight."""
 
-    def adopt(self, module: nn.Module, config: QuantConfig, owner: "QATModule | None") -> Self:
-        """Take over the Parameters and the mode of `module`; called once, by `from_float`."""
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        self.quant_config, self.fake_quant_enabled = config, True
-        # in a tuple, or the owner would be registered as a submodule
-        self._owner = () if owner is None else (owner,)
-        self.register_parameter("weight_log2_scale", None)
-        if config.scale is ScaleRule.learned and owner is None:
-            self._reset_log2_scale()
-        return self.train(module.training)
-
     @property
     def log2_scale(self) -> nn.Parameter | None:
         """The learned scale in log2, this module's or the one of the module it shares its weight with."""
@@ -56,6 +44,23 @@ class QATModule(nn.Module):
         off = "" if self.fake_quant_enabled else ", fake_quant=off"
         return f"{super().extra_repr()}, {config.bits} bits {granularity} {config.scale.value}{off}"
 
+    def _adopt(self, module: nn.Module, config: QuantConfig, owner: "QATModule | None") -> Self:
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.quant_config, self.fake_quant_enabled = config, True
+        # in a tuple, or the owner would be registered as a submodule
+        self._owner = () if owner is None else (owner,)
+        self.register_parameter("weight_log2_scale", None)
+        if config.scale is ScaleRule.learned and owner is None:
+            self._reset_log2_scale()
+        return self.train(module.training)
+
+    def _with_idle_scale(self, out: Tensor) -> Tensor:
+        # a zero gradient for the scale while quantisation is off: DDP waits for one from every parameter
+        if self.weight_log2_scale is None or not torch.is_grad_enabled():
+            return out
+        return out + 0 * self.weight_log2_scale.sum()
+
     def _reset_log2_scale(self) -> None:
         value = weight_scale(self.weight, self.quant_config).log2()
         if self.weight_log2_scale is None or self.weight_log2_scale.is_meta:
@@ -74,7 +79,7 @@ class QATModule(nn.Module):
 
 
 class QATLinear(QATModule, nn.Linear):
-    """nn.Linear with a fake-quantised weight."""
+    """nn.Linear with a fake-quantised weight; made by `from_float`."""
 
     @classmethod
     def from_float(cls, linear: nn.Linear, config: QuantConfig, owner: QATModule | None = None) -> Self:
@@ -87,12 +92,12 @@ class QATLinear(QATModule, nn.Linear):
         """
         bias = linear.bias is not None
         new = cls(linear.in_features, linear.out_features, bias, device="meta")
-        return new.adopt(linear, config, owner)
+        return new._adopt(linear, config, owner)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; under autocast the weight is made in the autocast dtype, else in its own."""
         if not self.fake_quant_enabled:
-            return super().forward(x)
+            return self._with_idle_scale(super().forward(x))
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
@@ -100,18 +105,18 @@ class QATLinear(QATModule, nn.Linear):
 
 
 class QATEmbedding(QATModule, nn.Embedding):
-    """nn.Embedding with a fake-quantised table; a plain one, without max_norm and sparse gradients."""
+    """nn.Embedding, without max_norm and sparse gradients, with a fake-quantised table; made by `from_float`."""
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding, config: QuantConfig, owner: QATModule | None = None) -> Self:
         """Share the Parameter of `embedding`; arguments as for `QATLinear.from_float`."""
         shape = embedding.num_embeddings, embedding.embedding_dim
         new = cls(*shape, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq, device="meta")
-        return new.adopt(embedding, config, owner)
+        return new._adopt(embedding, config, owner)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., D] in the table's dtype, under autocast too."""
         if not self.fake_quant_enabled:
-            return super().forward(ids)
+            return self._with_idle_scale(super().forward(ids))
         table = self.fake_quantized_weight(self.weight.dtype)
         return F.embedding(ids, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)

@@ -75,7 +75,7 @@ def _absmax(block: Tensor, qmax: int) -> Tensor:
 def _std(block: Tensor, qmax: int, k: float) -> Tensor:
     mean = _mean(block)
     std = _mean((block - mean[..., None, None]).square()).sqrt()
-    return torch.where(std > CONSTANT * mean.abs(), k * std, _reaching(mean.abs(), qmax))
+    return torch.where(std > CONSTANT * mean.abs(), k * std, _reaching(mean.abs() + std, qmax))
 
 
 def _mean(block: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""The layers under torch.compile, in a Hugging Face model, and over two processes."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qat.config import Granularity, QuantConfig, ScaleRule
+from qat.quant import convert, prepare, set_fake_quant
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rule", ScaleRule)
+def test_compiled_in_one_graph_it_follows_toggle_and_autocast(tiny, ids, rule):
+    config = QuantConfig(bits=3, scale=rule, granularity=Granularity.per_group, group_size=32, lm_head=True)
+    model = prepare(tiny(True), config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for enabled in (True, False, True):
+        set_fake_quant(model, enabled)
+        for bfloat16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                got, expected, stock = compiled(ids), model(ids), tiny(True)(ids)
+            assert got.dtype is expected.dtype
+            assert torch.equal(got, expected), (enabled, bfloat16)
+            assert torch.equal(got, stock) is not enabled
+
+
+@pytest.mark.slow
+def test_inductor_agrees_on_a_ragged_last_group():
+    layer = prepare(
+        nn.Linear(63, 129), QuantConfig(scale=ScaleRule.learned, granularity=Granularity.per_group, group_size=32)
+    )
+    x = torch.randn(5, 63)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad()
+        out = run(x)
+        out.square().sum().backward()
+        results.append([out.detach()] + [parameter.grad for parameter in layer.parameters()])
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).norm() <= 1e-5 * eager.norm()
+
+
+def test_a_hugging_face_model_generates_the_same_tokens_after_convert():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 63, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, **shape, tie_word_embeddings=True)).eval()
+    prepare(model, QuantConfig(bits=3, scale=ScaleRule.learned, lm_head=True))
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    prompt = torch.randint(97, (3, 5))
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected, logits = model.generate(prompt, **greedy), model(prompt).logits
+    dense = convert(model)
+    assert torch.equal(dense(prompt).logits, logits)
+    assert torch.equal(dense.generate(prompt, **greedy), expected)
+
+
+def train(rank: int, world: int, x: torch.Tensor, model: nn.Module) -> None:
+    """Two steps without and two with fake quantisation, on this rank's share of x."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        set_fake_quant(model, step >= 2)
+        optimizer.zero_grad()
+        model(x[rank::world]).square().mean().backward()
+        optimizer.step()
+
+
+def ddp_worker(rank: int, folder: str, model: nn.Module, x: torch.Tensor) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    # what arrives lies in memory that the processes share
+    model = copy.deepcopy(model)
+    train(rank, 2, x, DistributedDataParallel(model))
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ddp_processes_train_like_one(tmp_path):
+    torch.manual_seed(0)
+    model = prepare(nn.Sequential(nn.Linear(7, 33), nn.Linear(33, 3)), QuantConfig(bits=3, scale=ScaleRule.learned))
+    x = torch.randn(6, 7)
+    mp.spawn(ddp_worker, (str(tmp_path), model, x), nprocs=2)
+    train(0, 1, x, model)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name, expected in model.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], expected, rtol=1e-4, atol=1e-6)
