@@ -12,50 +12,83 @@ from qat.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
+NOISE = ("object_type=", "reference_type=", "To append to your config", "See https://", "Config search", "provider=")
+"""Lines of hydra's and omegaconf's errors that help nobody here."""
+
 
 def entry_point(config_name: str, task: Callable[[Any], Any]) -> None:
     """Compose configs/<config_name>.yaml with the command line, hand the dataclass to `task`, map errors to exit codes.
 
     Exit codes: 0 done, 1 an error that is not the user's (with traceback), 2 a mistake of the user's, 130 Ctrl-C.
+    In a sweep a job that fails through the user's mistake does not stop the others.
     HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error too.
     """
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from rans_kernels.format import FormatError
+    from omegaconf import OmegaConf
 
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # hydra's own short errors are several lines long: take the exception and print it here
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     register_schemas()
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    failures: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)
-    def run(config: Any) -> Any:
-        return task(to_config(config))
+    def run(config: Any) -> None:
+        # caught here too, because hydra adds lines of its own to what leaves a job
+        failures.append(_exit_code(lambda: task(to_config(config)), full))
 
-    try:
-        run()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, FormatError, HydraException, OmegaConfBaseException) as error:
-        if full:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(max(_exit_code(run, full), *failures, 0))
+
+
+def run_dir(resume: str | None, fresh: str) -> str:
+    """Folder of a run: that of the checkpoint <folder>/checkpoints/*.ckpt it goes on from, or a fresh one."""
+    path = Path(resume or "").expanduser()
+    # resolved, because `latest` may be part of it
+    return str(path.resolve().parent.parent) if path.is_file() else fresh
 
 
 def one_line(error: BaseException) -> str:
     """The error's own words on one line, and for a config error the key it is about."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = str(error).splitlines()
     cause = error.__cause__
     if cause is not None and type(cause).__module__.startswith("omegaconf"):
-        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
-    keep = [line for line in dict.fromkeys(lines) if not line.startswith(("object_type=", "reference_type="))]
-    return " | ".join(keep)
+        lines += str(cause).splitlines()
+    words: list[str] = []
+    key = ""
+    for line in lines:
+        text = line.strip()
+        if text.startswith("full_key: "):
+            key = text.removeprefix("full_key: ")
+        elif line.startswith("\t") and words and not text.startswith(NOISE):
+            # hydra's list of what there is to choose from
+            words[-1] += (" " if words[-1].endswith(":") else ", ") + text
+        elif text and not text.startswith(NOISE):
+            words.append(text)
+    said = "; ".join(word.rstrip(".:") for word in words)
+    return said if key in said else f"{key}: {said}"
+
+
+def _exit_code(call: Callable[[], Any], full: bool) -> int:
+    """0, or what the error that `call` raised stands for, its line printed; errors of no user's are raised."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from rans_kernels.format import FormatError
+    from yaml import YAMLError
+
+    try:
+        call()
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, FormatError, HydraException, OmegaConfBaseException, YAMLError) as error:
+        if full:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    except OSError as error:
+        if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    return 2

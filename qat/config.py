@@ -69,7 +69,7 @@ class DataConfig:
     train: Any = MISSING
     """A source or a list of them: .txt, .txt.xz, .jsonl files, globs, or hf://dataset[:config][@split]."""
     valid: Any = MISSING
-    """As `train`; a source that is in both is refused unless `valid_share` splits it."""
+    """As `train`; a source that is in both is refused."""
     text_key: str = "text"
     """Field that holds the text in .jsonl and hub datasets."""
     separator: str = "<|endoftext|>"
@@ -255,6 +255,8 @@ class EvalConfig:
     limit: int | None = None
     """Items a task."""
     num_fewshot: int | None = None
+    log_samples: bool = False
+    """Keep every item of the lm-eval tasks with the model's answer, as samples_*.jsonl in `output`."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
@@ -287,11 +289,13 @@ def to_config(config: Any) -> Any:
     """The dataclass behind a composed DictConfig.
 
     Raises:
-        omegaconf.MissingMandatoryValue: a value that has no default was not given; the message names it.
+        UserError: a value that has no default was not given; the message names it.
+        omegaconf.ConfigKeyError: a key was added with `+` that the schema does not have.
     """
     from omegaconf import OmegaConf
 
     OmegaConf.resolve(config)
+    config = OmegaConf.merge(OmegaConf.structured(OmegaConf.get_type(config)), OmegaConf.to_container(config))
     if missing := sorted(OmegaConf.missing_keys(config)):
         from qat.errors import UserError
 

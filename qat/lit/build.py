@@ -1,0 +1,214 @@
+"""From a TrainConfig to a finished run: folder, data, module, trainer, fit.
+
+A run folder holds checkpoints/{last,best}.ckpt, hf/ (config, generation config and tokenizer of the base model),
+config.yaml and metrics.jsonl. A resumed run goes on in its own folder.
+"""
+
+import logging
+import os
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from qat.checkpoint import read_checkpoint
+from qat.cli import run_dir
+from qat.config import TrainConfig, to_plain
+from qat.errors import UserError
+from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, QuantStatistics, TrainMetrics
+from qat.lit.data import TextDataModule, accumulate_grad_batches
+from qat.lit.loggers import build_loggers, finish_loggers
+from qat.lit.module import QATModule
+from qat.model import load_config, load_tokenizer
+from qat.quant import quantized_modules
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, and give the run folder.
+
+    Raises:
+        UserError: a mistake in the config, the model or the text; most are seen before anything is written.
+        KeyboardInterrupt: Ctrl-C; its message tells how to go on.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # of lightning's: one about its own code, one that does not hold for tokens mapped from a file
+    for message in (".*LeafSpec.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message)
+    check_config(config)
+    run = _run_folder(config)
+    trainer = build_trainer(config, run)
+    model_config = load_config(config.model.path, config.model.revision)
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if longest is not None and config.data.seq_len > longest:
+        raise UserError(f"data.seq_len={config.data.seq_len}, but the model takes at most {longest} tokens")
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    data = TextDataModule(config.data, tokenizer, config.paths.cache, config.trainer.progress_bar)
+    module = QATModule(to_plain(config))
+    if trainer.is_global_zero:
+        _start_run(config, run, module)
+        model_config.save_pretrained(run / "hf")
+        tokenizer.save_pretrained(run / "hf")
+    trainer.loggers = build_loggers(config, run)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=config.trainer.resume, weights_only=True)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(str(stop)) from None
+    except SystemExit:
+        # how lightning ends on a second Ctrl-C
+        raise KeyboardInterrupt(f"stopped at once; {run / 'checkpoints'} has the last state that was saved") from None
+    finally:
+        finish_loggers(config)
+    log.info("done: %s", run)
+    return run
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise UserError, naming the key, for values that mean nothing or do not go together."""
+    loss, trainer, quant = config.loss, config.trainer, config.quant
+    checks = {
+        "loss.kl and loss.ce must not be negative, nor both 0": min(loss.kl, loss.ce) >= 0 < max(loss.kl, loss.ce),
+        f"loss.temperature={loss.temperature}: must be positive": loss.temperature > 0,
+        f"loss.chunk_tokens={loss.chunk_tokens}: must be at least 1": loss.chunk_tokens >= 1,
+        f"trainer.precision={trainer.precision}: must be auto, 32-true or bf16-mixed": (
+            trainer.precision in ("auto", "32-true", "bf16-mixed")
+        ),
+        f"trainer.strategy={trainer.strategy}: must be auto or ddp": trainer.strategy in ("auto", "ddp"),
+        f"quant.start_step={quant.start_step}: must be below trainer.max_steps={trainer.max_steps}": (
+            not quant.enabled or quant.start_step < trainer.max_steps
+        ),
+    }
+    for key in ("max_steps", "valid_every", "checkpoint_every", "log_every"):
+        value = getattr(trainer, key)
+        checks[f"trainer.{key}={value}: must be at least 1"] = value >= 1
+    for message, fine in checks.items():
+        if not fine:
+            raise UserError(message)
+    if trainer.resume:
+        _check_resume(config)
+
+
+def build_trainer(config: TrainConfig, run: Path) -> pl.Trainer:
+    """The Trainer for `config`, without loggers.
+
+    Raises:
+        UserError: devices that are not there, a batch that cannot be dealt to them, or a sweep in which Lightning
+            would start processes of its own.
+    """
+    trainer_config = config.trainer
+    try:
+        trainer = pl.Trainer(
+            accelerator=trainer_config.accelerator,
+            devices=trainer_config.devices,
+            num_nodes=trainer_config.num_nodes,
+            strategy=trainer_config.strategy,
+            precision=_precision(config),  # type: ignore[arg-type]
+            max_steps=trainer_config.max_steps,
+            max_epochs=1,
+            val_check_interval=trainer_config.valid_every,
+            check_val_every_n_epoch=None,
+            gradient_clip_val=trainer_config.gradient_clip or None,
+            deterministic=trainer_config.deterministic,
+            enable_progress_bar=trainer_config.progress_bar,
+            callbacks=[
+                TrainMetrics(trainer_config.log_every),
+                QuantStatistics(),
+                Checkpoints(
+                    run / "checkpoints",
+                    trainer_config.checkpoint_every,
+                    trainer_config.valid_every,
+                    trainer_config.max_steps,
+                ),
+            ],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=run,
+            logger=False,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            # models keep tensors made during validation (rotary tables), and inference tensors cannot be trained with
+            inference_mode=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    _refuse_processes_in_sweep(trainer)
+    # the number of devices is known only now; lightning counts validations in micro-batches
+    accumulate = accumulate_grad_batches(config.data, trainer.world_size)
+    trainer.accumulate_grad_batches = accumulate
+    trainer.val_check_interval = trainer_config.valid_every * accumulate
+    return trainer
+
+
+def _precision(config: TrainConfig) -> str:
+    if config.trainer.precision != "auto":
+        return config.trainer.precision
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def _refuse_processes_in_sweep(trainer: pl.Trainer) -> None:
+    """Lightning's DDP processes would start the whole sweep again, and train ranks with different settings."""
+    strategy = trainer.strategy
+    launches = isinstance(strategy, ParallelStrategy) and not (
+        strategy.cluster_environment is not None and strategy.cluster_environment.creates_processes_externally
+    )
+    if launches and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise UserError(
+            "a sweep (-m) cannot start the processes of several devices: use trainer.devices=1 trainer.strategy=auto, "
+            "or start them from outside with torchrun or SLURM"
+        )
+
+
+def _check_resume(config: TrainConfig) -> None:
+    """A resumed run must quantise as before and find its place in the text again."""
+    path = Path(str(config.trainer.resume)).expanduser().resolve()
+    config.trainer.resume = str(path)
+    saved, given = (to_plain(c) for c in (read_checkpoint(path).config, config))
+    fixed = [("quant", key) for key in saved["quant"]]
+    fixed += [("data", key) for key in ("seq_len", "batch_size", "seed")]
+    for group, key in fixed:
+        if saved[group][key] != given[group][key]:
+            raise UserError(
+                f"{group}.{key}={given[group][key]}, but {path} was trained with {saved[group][key]}: a resumed run "
+                "goes on with the same settings"
+            )
+
+
+def _run_folder(config: TrainConfig) -> Path:
+    if HydraConfig.initialized():
+        return Path(HydraConfig.get().runtime.output_dir)
+    fresh = Path(config.paths.output_root, config.name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    return Path(run_dir(config.trainer.resume, str(fresh)))
+
+
+def _start_run(config: TrainConfig, run: Path, module: QATModule) -> None:
+    """Make the folder, point `latest` to it, say what will be trained."""
+    (run / "hf").mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    # as it is: save_pretrained refuses what it finds inconsistent, also in well-known models
+    if module.model.generation_config is not None:
+        module.model.generation_config.to_json_file(run / "hf" / "generation_config.json")
+    link = run.parent / f".latest.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.name)
+    os.replace(link, run.parent / "latest")
+    layers = quantized_modules(module.model).values()
+    log.info(
+        "%s: %.1f M parameters, %.1f M of them quantised in %d layers; %d tokens a step; writing to %s",
+        type(module.model).__name__,
+        sum(p.numel() for p in module.model.parameters()) / 1e6,
+        sum({id(m.weight): m.weight.numel() for m in layers}.values()) / 1e6,
+        len(layers),
+        config.data.batch_size * config.data.seq_len,
+        run,
+    )

@@ -1,0 +1,205 @@
+"""The student in training: fake-quantised weights, the unquantised base model as teacher, nothing else of its own.
+
+Everything that changes over a run is a function of `global_step` (learning rate, start of fake quantisation) or of
+the batch index (random numbers), so a resumed run repeats the unbroken one. The teacher is no submodule: it is neither
+saved, nor wrapped by DDP, nor seen by the optimiser.
+"""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.modeling_utils import PreTrainedModel
+
+from qat.config import OptimConfig, TrainConfig, from_plain
+from qat.distill import distillation_loss, token_sums
+from qat.model import check_output_logits, load_model, output_logits
+from qat.quant import prepare, set_fake_quant
+
+
+class QATModule(pl.LightningModule):
+    """Trains `model`, a causal language model with fake-quantised layers, towards its teacher and the text.
+
+    Batches are int64 token ids [B, seq_len + 1].
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        """Load the base model and prepare it.
+
+        Args:
+            config: `to_plain` of a TrainConfig; plain data, so that checkpoints load with weights_only=True.
+
+        Raises:
+            UserError: the model cannot be loaded or quantised, or its logits cannot be had from its hidden states.
+        """
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.config: TrainConfig = from_plain(TrainConfig, config)
+        self.model = load_model(self.config.model.path, torch.float32, self.config.model.revision)
+        check_output_logits(self.model)
+        self.model.train()
+        if self.config.model.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.config.quant.enabled:
+            prepare(self.model, self.config.quant)
+        if self.config.model.compile:
+            # in place, and what is called below; state_dict keys stay as they are
+            self.model.base_model.compile()
+        # in a list, lest it becomes a submodule
+        self._teacher: list[PreTrainedModel] = []
+        self._train_sums = torch.zeros(4)
+        self._valid_sums = torch.zeros(4, dtype=torch.float64)
+
+    @property
+    def fake_quant_on(self) -> bool:
+        """True from optimiser step quant.start_step on."""
+        return self.config.quant.enabled and self.global_step >= self.config.quant.start_step
+
+    @property
+    def monitor(self) -> str:
+        """The metric, lower is better, that makes a checkpoint the best."""
+        return "val/kl" if self.config.loss.kl else "val/ce"
+
+    @property
+    def last_lr(self) -> float:
+        """The rate that the weights were last stepped with."""
+        config = self.config.optim
+        return config.lr * lr_factor(self.global_step - 1, self.config.trainer.max_steps, config)
+
+    def setup(self, stage: str) -> None:
+        """Load the teacher, in the compute dtype, unless the loss has no use for one."""
+        if self.config.loss.kl and not self._teacher:
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+            teacher = load_model(self.config.model.path, dtype, self.config.model.revision)
+            self._teacher = [teacher.requires_grad_(False)]
+
+    def on_fit_start(self) -> None:
+        """Put the teacher where the student is."""
+        for teacher in self._teacher:
+            teacher.to(self.device)  # type: ignore[arg-type]
+
+    def on_validation_start(self) -> None:
+        """As `on_fit_start`, for trainer.validate; fake quantisation as at this step."""
+        self.on_fit_start()
+        set_fake_quant(self.model, self.fake_quant_on)
+        self._valid_sums.zero_()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Set what depends on the step; random numbers (dropout) then repeat after a resume."""
+        set_fake_quant(self.model, self.fake_quant_on)
+        seed, rank, world = self.config.trainer.seed, self.trainer.global_rank, self.trainer.world_size
+        torch.manual_seed((seed << 32) + batch_idx * world + rank)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss of a micro-batch; its sums go to `take_train_sums`."""
+        loss = self.config.loss
+        hidden, teacher_hidden, targets = self._hidden(batch)
+        result = distillation_loss(
+            hidden,
+            teacher_hidden,
+            self._student_head,
+            self._teacher_head if self._teacher else None,
+            targets,
+            kl_weight=loss.kl,
+            ce_weight=loss.ce,
+            temperature=loss.temperature,
+            chunk_tokens=loss.chunk_tokens,
+        )
+        means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
+        self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
+        return result.loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Add a batch to the sums over all validation tokens."""
+        hidden, teacher_hidden, targets = self._hidden(batch)
+        teacher_head = self._teacher_head if self._teacher else None
+        chunk_tokens = self.config.loss.chunk_tokens
+        self._valid_sums += token_sums(hidden, teacher_hidden, self._student_head, teacher_head, targets, chunk_tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over the tokens of all ranks: val/ce, val/ppl and, with a teacher, val/kl, val/top1."""
+        kl, ce, agree, tokens = self._over_ranks(self._valid_sums)
+        ce /= tokens
+        metrics = {"val/ce": ce, "val/ppl": math.exp(min(ce, 700.0))}
+        if self._teacher:
+            metrics |= {"val/kl": kl / tokens, "val/top1": agree / tokens}
+        self.log_dict(metrics, logger=False, prog_bar=True, sync_dist=True)
+        self.write_metrics(metrics)
+
+    def take_train_sums(self) -> list[float]:
+        """Sums over tokens of loss, KL and cross-entropy, and the tokens, over all ranks since the last call."""
+        sums = self._over_ranks(self._train_sums)
+        self._train_sums.zero_()
+        return sums
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        """Hand metrics to the loggers under the optimiser step (Lightning's own counter is off by one after resume)."""
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=self.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over three groups; linear warm-up and cosine over optimiser steps."""
+        config = self.config.optim
+        optimizer = AdamW(
+            parameter_groups(self.model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+        )
+        max_steps = self.config.trainer.max_steps
+        scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, max_steps, config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _hidden(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Last hidden states of student and teacher [B, T, D], and targets [B, T]."""
+        ids, targets = batch[:, :-1], batch[:, 1:]
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        teacher_hidden = None
+        for teacher in self._teacher:
+            with torch.no_grad():
+                teacher_hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden, teacher_hidden, targets
+
+    def _student_head(self, hidden: Tensor) -> Tensor:
+        return output_logits(self.model, hidden)
+
+    def _teacher_head(self, hidden: Tensor) -> Tensor:
+        return output_logits(self._teacher[0], hidden)
+
+    def _over_ranks(self, sums: Tensor) -> list[float]:
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.to(self.device, copy=True), reduce_op="sum")
+        return sums.tolist()
+
+
+def lr_factor(step: int, max_steps: int, config: OptimConfig) -> float:
+    """Share of the peak rate for the optimiser step `step`: a ramp to 1, then half a cosine to `min_lr_ratio`.
+
+    The last step, max_steps - 1, still has a rate above the final one.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = min((step - config.warmup_steps) / max(max_steps - config.warmup_steps, 1), 1.0)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups for AdamW: matrices (decay), embeddings, norms and biases (none), learned scales (own rate, none)."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices, rest, scales = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight_log2_scale"):
+            scales.append(parameter)
+        elif parameter.ndim >= 2 and id(parameter) not in embeddings:
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"name": "matrices", "params": matrices, "weight_decay": config.weight_decay},
+        {"name": "rest", "params": rest, "weight_decay": 0.0},
+        {"name": "scales", "params": scales, "weight_decay": 0.0, "lr": config.scale_lr},
+    ]
+    return [group for group in groups if group["params"]]

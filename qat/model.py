@@ -1,0 +1,124 @@
+"""Base models and tokenizers of Hugging Face, loaded whole or not at all.
+
+`from_pretrained` fills what a checkpoint lacks with random numbers and a warning. Here a missing or unexpected
+weight is an error, and every way in which a path can be wrong is one line that says so.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from qat.errors import UserError
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
+    """A causal language model in eval mode on the CPU.
+
+    Args:
+        path: local folder, or a name on the hub.
+        dtype: of the weights.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: no such folder or name, not a causal language model, already quantised, or weights
+            that do not fit the architecture exactly.
+    """
+    if getattr(load_config(path, revision), "quantization_config", None) is not None:
+        raise UserError(f"{path} is quantised already; training and export start from plain weights")
+    return _load(path, _source(path), dtype=dtype, revision=revision)
+
+
+def load_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that `folder` (config.json, no weights) describes, holding `weights`, in eval mode on the CPU.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return _load(folder, None, config=load_config(folder), state_dict=weights, dtype=dtype)
+
+
+def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """What config.json says of a model; errors as `load_model`."""
+    return _call(AutoConfig.from_pretrained, path, _source(path), revision=revision)
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model; errors as `load_model`."""
+    return _call(AutoTokenizer.from_pretrained, path, _source(path), revision=revision)
+
+
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [..., V] from the last hidden states [..., D] of `model.base_model`.
+
+    What some architectures do to the logits behind the head is done here too: Gemma's soft cap, Cohere's and
+    Granite's constant factor.
+    """
+    logits = model.get_output_embeddings()(hidden)
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    factor = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
+    return logits if factor == 1 else logits * factor
+
+
+@torch.no_grad()
+def check_output_logits(model: PreTrainedModel, tokens: int = 8) -> None:
+    """Compare `output_logits` with the model's own logits on a few random tokens.
+
+    Raises:
+        UserError: the architecture does something to its logits that is not known here.
+    """
+    ids = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits
+    ours = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-4):
+        raise UserError(
+            f"{type(model).__name__} changes its logits behind the output head; this architecture cannot be trained"
+        )
+
+
+def _source(path: str | Path) -> str:
+    """What to hand to transformers: a folder that exists, or a name that can be one on the hub."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise UserError(f"{path} is a file; a model is a Hugging Face folder or a name on the hub")
+    text = str(path)
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
+        raise UserError(f"no model at {path}: there is no such folder")
+    return text
+
+
+def _call(function: Callable[..., Any], path: str | Path, source: str | None, **options: Any) -> Any:
+    """`function(source, ...)` of transformers, its errors told as the user's, its warnings and bars held back."""
+    from safetensors import SafetensorError
+
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        return function(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"cannot load {path}: {reason}") from error
+    finally:
+        hf_logging.set_verbosity(level)
+        hf_logging.enable_progress_bar()
+
+
+def _load(path: str | Path, source: str | None, **options: Any) -> PreTrainedModel:
+    model, info = _call(AutoModelForCausalLM.from_pretrained, path, source, output_loading_info=True, **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[kind])):
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            kind = kind.replace("_keys", "")
+            raise UserError(f"the weights of {path} do not fit {type(model).__name__}: {kind} {keys[0]}{more}")
+    return model.eval()
