@@ -74,7 +74,7 @@ def test_threads_do_not_change_the_stream():
 def test_units_outside_the_matrix_cost_nothing():
     split = Split(8, 0)
     rng = np.random.default_rng(0)
-    full, ragged = ((256, 256), (512, 256)), ((256, 272), (512, 288))
+    full, ragged = ((256, 256), (512, 256)), ((256, 288), (512, 288))
     for a, b in zip(full, ragged, strict=True):
         small, large = rng.integers(-128, 128, a).astype(np.int8), rng.integers(-128, 128, b).astype(np.int8)
         bytes_small = encode_tiles(small, TileLayout(a, split)).nbytes

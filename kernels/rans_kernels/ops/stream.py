@@ -48,21 +48,20 @@ def next_symbol(stream, table, state, word, end, lane, live, PROBABILITY_BITS: t
 
 
 @triton.jit
-def raw_bits(stream, raw, lane, live, HALF: tl.constexpr, WEIGHT: tl.constexpr, RAW: tl.constexpr):
-    """Raw bits of weight WEIGHT = 4 j + i in unit HALF of the pair whose raw plane starts at row `raw`."""
-    j: tl.constexpr = WEIGHT // 4
-    i: tl.constexpr = WEIGHT % 4
+def raw_bits(stream, raw, lane, live, half, weight, RAW: tl.constexpr):
+    """Raw bits of weight 4 j + i in unit `half` of the pair whose raw plane starts at row `raw`."""
+    j, i = weight // 4, weight % 4
     plane = stream + raw * 16 + lane
     bits = tl.zeros_like(lane).to(tl.uint32)
     if RAW & 4:
-        packed = tl.load(plane + (2 * HALF + j // 2) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
+        packed = tl.load(plane + (2 * half + j // 2) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
         bits = (packed >> (8 * i + 4 * (j % 2))) & 15
     if RAW & 2:
-        packed = tl.load(plane + ((RAW & 4) + HALF) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
+        packed = tl.load(plane + ((RAW & 4) + half) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
         bits = bits | (((packed >> (8 * i + 2 * j)) & 3) << (RAW & 4))
     if RAW & 1:
         packed = tl.load(plane + (RAW - 1) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
-        bits = bits | (((packed >> (8 * i + 4 * HALF + j)) & 1) << (RAW - 1))
+        bits = bits | (((packed >> (8 * i + 4 * half + j)) & 1) << (RAW - 1))
     return bits
 
 

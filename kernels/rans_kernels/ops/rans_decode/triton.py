@@ -23,18 +23,19 @@ def rans_decode_kernel(
     state, raw, word, end, n0, k0 = open_tile(stream, offsets, tile, N, K, tiles_k, RAW, GROUPS)
     for pair in range(UNITS // 2):
         any_live = lane < 0
-        for half in tl.static_range(2):
+        # loops stay loops: unrolled, a kernel takes half a minute to compile
+        for half in range(2):
             unit = 2 * pair + half
             unit_n, unit_k = n0 + unit % BLOCKS * 16, k0 + unit // BLOCKS * 32
             live = (unit_n < N) & (unit_k < K)
             any_live = any_live | live
-            for s in tl.static_range(2 * CODED):
+            for s in range(2 * CODED):
                 state, word, symbol = next_symbol(stream, table, state, word, end, lane, live, PROBABILITY_BITS)
                 for b in tl.static_range(PLACES):
-                    bits = raw_bits(stream, raw, lane, live, half, s * PLACES + b, RAW)
-                    value = weight_value(symbol, bits, b, CODED, RAW)
-                    n = unit_n + lane // 4 + 8 * ((s * PLACES + b) % 4 // 2)
-                    k = unit_k + 2 * (lane % 4) + (s * PLACES + b) // 4 * 8 + (s * PLACES + b) % 2
+                    e = s * PLACES + b
+                    value = weight_value(symbol, raw_bits(stream, raw, lane, live, half, e, RAW), b, CODED, RAW)
+                    n = unit_n + lane // 4 + 8 * (e % 4 // 2)
+                    k = unit_k + 2 * (lane % 4) + e // 4 * 8 + e % 2
                     tl.store(out + n.to(tl.int64) * K + k, value.to(tl.int8), mask=live & (n < N) & (k < K))
         raw += 2 * RAW * any_live.to(tl.int64)
 

@@ -35,29 +35,29 @@ def rans_linear_kernel(
     block = tl.arange(0, BLOCKS)[None, None, :, None]
     for pair in range(UNITS // 2):
         any_live = lane < 0
-        for half in tl.static_range(2):
+        # loops stay loops: unrolled, a kernel takes half a minute to compile
+        for half in range(2):
             unit = 2 * pair + half
             unit_n, unit_k = n0 + unit % BLOCKS * 16, k0 + unit // BLOCKS * 32
             live = (unit_n < N) & (unit_k < K)
             any_live = any_live | live
             upper = tl.zeros([32 * GROUPS, BLOCK_M], tl.float32)
             lower = tl.zeros([32 * GROUPS, BLOCK_M], tl.float32)
-            for s in tl.static_range(2 * CODED):
+            for s in range(2 * CODED):
                 state, word, symbol = next_symbol(stream, table, state, word, end, lane, live, PROBABILITY_BITS)
                 for b in tl.static_range(PLACES):
-                    bits = raw_bits(stream, raw, lane, live, half, s * PLACES + b, RAW)
-                    value = tl.where(live, weight_value(symbol, bits, b, CODED, RAW), 0).to(tl.float32)
-                    k = unit_k + 2 * (lane % 4) + (s * PLACES + b) // 4 * 8 + (s * PLACES + b) % 2
+                    e = s * PLACES + b
+                    value = weight_value(symbol, raw_bits(stream, raw, lane, live, half, e, RAW), b, CODED, RAW)
+                    value = tl.where(live, value, 0).to(tl.float32)
+                    k = unit_k + 2 * (lane % 4) + e // 4 * 8 + e % 2
                     if GROUP_SIZE > 0:
-                        n = unit_n + lane // 4 + 8 * ((s * PLACES + b) % 4 // 2)
+                        n = unit_n + lane // 4 + 8 * (e % 4 // 2)
                         at = scale + n.to(tl.int64) * scale_groups + k // GROUP_SIZE
                         value *= tl.load(at, mask=(n < N) & (k < K), other=0.0)
                     mask = (m[None, :] < M) & (k[:, None] < K)
                     product = value[:, None] * tl.load(x_row + k[:, None], mask=mask, other=0.0).to(tl.float32)
-                    if (s * PLACES + b) % 4 < 2:
-                        upper += product
-                    else:
-                        lower += product
+                    upper += tl.where(e % 4 < 2, product, 0.0)
+                    lower += tl.where(e % 4 < 2, 0.0, product)
             both = tl.join(upper, lower)[:, :, None, :]
             total += tl.where(block == unit % BLOCKS, both, 0.0)
         raw += 2 * RAW * any_live.to(tl.int64)
