@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple, TextIO
 from qat.errors import UserError
 
 PIECE = 20_000
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
 HUB = "hf://"
 
@@ -91,7 +91,7 @@ class TextFile:
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
             if not isinstance(record, dict):
-                raise UserError(f"{where}: not a JSON object but a {type(record).__name__}")
+                raise UserError(f"{where}: not a JSON object but a value of type {type(record).__name__}")
             yield _text(record, text_key, where)
 
 
@@ -240,7 +240,7 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: no key {key!r}; the keys are: {', '.join(record) or '(none)'}")
     text = record[key]
     if not isinstance(text, str):
-        raise UserError(f"{where}: {key!r} is not text but a {type(text).__name__}")
+        raise UserError(f"{where}: {key!r} holds no text but a value of type {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

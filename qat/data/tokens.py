@@ -143,7 +143,7 @@ def _open(path: Path) -> np.memmap | None:
     """The cached tokens, or None where there are none or the file is not as long as it says."""
     try:
         tokens: Any = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError):
         return None
     return tokens if path.stat().st_size == tokens.offset + tokens.nbytes else None
 
@@ -152,22 +152,23 @@ def _write(path: Path, chunks: Iterator[np.ndarray], dtype: np.dtype) -> None:
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            _write_header(file, 0, dtype)
-            count = 0
-            for chunk in chunks:
-                file.write(chunk.data)
-                count += len(chunk)
-            # numpy pads the header for this: its size does not depend on the count
-            file.seek(0)
-            _write_header(file, count, dtype)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "xb") as file:
+                _write_header(file, 0, dtype)
+                count = 0
+                for chunk in chunks:
+                    file.write(chunk.data)
+                    count += len(chunk)
+                # numpy pads the header for this: its size does not depend on the count
+                file.seek(0)
+                _write_header(file, count, dtype)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write tokens to {path.parent} (paths.cache): {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_header(file: IO[bytes], count: int, dtype: np.dtype) -> None:

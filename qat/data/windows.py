@@ -95,7 +95,8 @@ class RunSampler(Sampler[list[int]]):
     def _order(self, start: int) -> Iterator[int]:
         epoch, offset = divmod(start, self.windows)
         while True:
-            # the legacy generator, because its numbers are the same in every version of numpy
-            random = np.random.RandomState([self.seed % 2**32, epoch])
-            yield from random.permutation(self.windows)[offset:].tolist()
+            # sorting raw words, because shuffling may change with numpy's version and the words may not
+            key = np.array([self.seed % 2**64, epoch], np.uint64)
+            permutation = np.random.Philox(key=key).random_raw(self.windows).argsort(kind="stable")
+            yield from permutation[offset:].tolist()
             epoch, offset = epoch + 1, 0

@@ -122,8 +122,8 @@ class TextDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         """This rank's share of the first `valid_windows` windows: none is left out, none comes twice.
 
-        Shares differ by one window at most and batches are of nearly equal size, as many on every rank, so weigh a
-        batch by its windows: `self.log(..., batch_size=len(batch), sync_dist=True)` then is the exact mean.
+        Shares differ by one window at most, and every rank has as many batches, of nearly equal size. For an exact mean
+        add up losses and tokens over ranks: `self.log(..., sync_dist=True)` averages batch sizes as integers.
 
         Raises:
             UserError: there are fewer windows than devices.
