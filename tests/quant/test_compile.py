@@ -35,12 +35,13 @@ def test_compiled_in_one_graph_it_follows_toggle_and_autocast(tiny, ids, rule):
             assert torch.equal(got, stock) is not enabled
 
 
-@pytest.mark.slow
-def test_inductor_agrees_on_a_ragged_last_group():
-    layer = prepare(
-        nn.Linear(63, 129), QuantConfig(scale=ScaleRule.learned, granularity=Granularity.per_group, group_size=32)
-    )
-    x = torch.randn(5, 63)
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_inductor_agrees_on_a_ragged_last_group(device):
+    config = QuantConfig(scale=ScaleRule.learned, granularity=Granularity.per_group, group_size=32)
+    layer = prepare(nn.Linear(63, 129, device=device), config)
+    x = torch.randn(5, 63, device=device)
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True)):
         layer.zero_grad()

@@ -78,6 +78,14 @@ def test_dynamic_scales_carry_no_gradient_and_learned_ones_the_lsq_gradient_in_l
     torch.testing.assert_close(log2_scale.grad, lsq * 0.125 * torch.log(torch.tensor(2.0)))
 
 
+def test_learned_scales_far_out_stay_normal_numbers():
+    log2_scale = torch.tensor([[-300.0], [-127.0], [3.0]], requires_grad=True)
+    scale = weight_scale(torch.ones(3, 5), QuantConfig(scale=ScaleRule.learned), log2_scale)
+    assert torch.equal(scale.detach(), torch.tensor([[2.0**-126], [2.0**-126], [8.0]]))
+    fake_quantize(torch.ones(3, 5), scale, 7, torch.float32).sum().backward()
+    assert log2_scale.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rule", [ScaleRule.absmax, ScaleRule.std])
 def test_a_bad_weight_spoils_its_row_and_no_other(rule, bad):
@@ -91,19 +99,19 @@ def test_a_bad_weight_spoils_its_row_and_no_other(rule, bad):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_integers_do_not_depend_on_the_number_of_threads(rule, granularity):
-    weight = torch.randn(300, 1027)
+def test_scales_do_not_depend_on_the_number_of_threads(rule, granularity):
+    weights = [torch.randn(300, columns) for columns in (127, 1024, 1027)] + [torch.rand(17, 4099)]
     config = QuantConfig(scale=rule, init=ScaleRule.std, granularity=granularity, group_size=96)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(quantize_weight(weight, config))
+            results.append([weight_scale(weight, config) for weight in weights])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_half_precision_weights_are_quantised_in_float32():
