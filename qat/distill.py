@@ -106,15 +106,19 @@ def token_sums(
 
     Arguments as `distillation_loss`, at temperature 1. Without a teacher the first and third are 0.
     """
-    total = torch.zeros(4, dtype=torch.float64)
-    for student, teacher, target in _chunks(student_hidden, teacher_hidden, targets, chunk_tokens):
+
+    def chunk_sums(student: Tensor, teacher: Tensor | None, target: Tensor) -> Tensor:
         logits = student_head(student)
         teacher_logits = None if teacher is None or teacher_head is None else teacher_head(teacher)
         kl, ce = token_losses(logits, teacher_logits, target)
-        agree = kl.new_zeros(())
+        agreeing = 0
         if teacher_logits is not None:
-            agree = (logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).sum()
-        total += torch.tensor([kl.item(), ce.item(), agree.item(), target.numel()], dtype=torch.float64)
+            agreeing = int((logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).sum())
+        return torch.tensor([kl.item(), ce.item(), agreeing, target.numel()], dtype=torch.float64)
+
+    total = torch.zeros(4, dtype=torch.float64)
+    for chunk in _chunks(student_hidden, teacher_hidden, targets, chunk_tokens):
+        total += chunk_sums(*chunk)
     return total
 
 

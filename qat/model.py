@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, revision: s
     """
     if getattr(load_config(path, revision), "quantization_config", None) is not None:
         raise UserError(f"{path} is quantised already; training and export start from plain weights")
-    return _load(path, _source(path), dtype=dtype, revision=revision)
+    return _load(AutoModelForCausalLM, path, _source(path), dtype=dtype, revision=revision)
 
 
 def load_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -42,7 +42,9 @@ def load_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype = 
     Raises:
         UserError: as `load_model`.
     """
-    return _load(folder, None, config=load_config(folder), state_dict=weights, dtype=dtype)
+    config = load_config(folder)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return _load(kind, folder, None, config=config, state_dict=weights, dtype=dtype)
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
@@ -114,11 +116,10 @@ def _call(function: Callable[..., Any], path: str | Path, source: str | None, **
         hf_logging.enable_progress_bar()
 
 
-def _load(path: str | Path, source: str | None, **options: Any) -> PreTrainedModel:
-    model, info = _call(AutoModelForCausalLM.from_pretrained, path, source, output_loading_info=True, **options)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info[kind])):
+def _load(kind: Any, path: str | Path, source: str | None, **options: Any) -> PreTrainedModel:
+    model, info = _call(kind.from_pretrained, path, source, output_loading_info=True, **options)
+    for problem in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, info[f"{problem}_keys"])):
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            kind = kind.replace("_keys", "")
-            raise UserError(f"the weights of {path} do not fit {type(model).__name__}: {kind} {keys[0]}{more}")
+            raise UserError(f"the weights of {path} do not fit {type(model).__name__}: {problem} {keys[0]}{more}")
     return model.eval()

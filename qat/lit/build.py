@@ -173,7 +173,10 @@ def _check_resume(config: TrainConfig) -> None:
     """A resumed run must quantise as before and find its place in the text again."""
     path = Path(str(config.trainer.resume)).expanduser().resolve()
     config.trainer.resume = str(path)
-    saved, given = (to_plain(c) for c in (read_checkpoint(path).config, config))
+    checkpoint = read_checkpoint(path)
+    if checkpoint.step >= config.trainer.max_steps:
+        raise UserError(f"{path} has done all of trainer.max_steps={config.trainer.max_steps} steps")
+    saved, given = (to_plain(c) for c in (checkpoint.config, config))
     fixed = [("quant", key) for key in saved["quant"]]
     fixed += [("data", key) for key in ("seq_len", "batch_size", "seed")]
     for group, key in fixed:

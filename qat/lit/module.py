@@ -78,6 +78,10 @@ class QATModule(pl.LightningModule):
             teacher = load_model(self.config.model.path, dtype, self.config.model.revision)
             self._teacher = [teacher.requires_grad_(False)]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Whether the last batch of the checkpoint is the last of the run is for this run's max_steps to say."""
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+
     def on_fit_start(self) -> None:
         """Put the teacher where the student is."""
         for teacher in self._teacher:

@@ -1,0 +1,97 @@
+"""A tiny Llama with its tokenizer, some text, and a config that trains it in a second."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qat.config import (
+    DataConfig,
+    LoggerConfig,
+    LoggerMode,
+    ModelConfig,
+    OptimConfig,
+    PathsConfig,
+    QuantConfig,
+    ScaleRule,
+    TrainConfig,
+    TrainerConfig,
+)
+
+
+def some_text(words: int, seed: int) -> str:
+    draw = random.Random(seed)
+    vocabulary = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(80)]
+    return " ".join(draw.choice(vocabulary[: 1 + draw.randrange(80)]) for _ in range(words))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with model/, train.txt and valid.txt."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = some_text(6000, seed=0)
+    (folder / "train.txt").write_text(text)
+    (folder / "valid.txt").write_text(some_text(1500, seed=0)[::-1])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([text], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[0])
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        # large enough for rounding to matter
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def make_config(tiny: Path, tmp_path: Path) -> Callable[[], TrainConfig]:
+    """Config of a run of 6 steps of 2 micro-batches, with everything that has state: accumulation, delayed start,
+    learned scales, warm-up, validation."""
+
+    def make() -> TrainConfig:
+        return TrainConfig(
+            name="tiny",
+            model=ModelConfig(path=str(tiny / "model")),
+            data=DataConfig(
+                train=str(tiny / "train.txt"),
+                valid=str(tiny / "valid.txt"),
+                seq_len=33,
+                batch_size=4,
+                micro_batch_size=2,
+                valid_windows=5,
+            ),
+            quant=QuantConfig(scale=ScaleRule.learned, init=ScaleRule.std, k=0.5, start_step=2),
+            optim=OptimConfig(lr=1e-2, scale_lr=1e-2, weight_decay=0.1, warmup_steps=2),
+            trainer=TrainerConfig(
+                max_steps=6,
+                accelerator="cpu",
+                devices=1,
+                valid_every=2,
+                checkpoint_every=1,
+                log_every=1,
+                progress_bar=False,
+            ),
+            logger=LoggerConfig(mode=LoggerMode.disabled),
+            paths=PathsConfig(output_root=str(tmp_path / "outputs"), cache=str(tiny / "cache")),
+        )
+
+    return make
