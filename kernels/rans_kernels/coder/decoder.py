@@ -133,12 +133,11 @@ def _decode_run(
                             slot = x & slot_mask
                             symbol = slot_symbol[slot]
                             x = slot_freq[slot] * (x >> probability_bits) + slot_offset[slot]
-                            if x < STATE_LOW:
-                                if next_row[lane] >= end_row:
-                                    return _TOO_SHORT, tile
-                                x = (x << 16) | stream16[next_row[lane], lane]
-                                next_row[lane] += 1
-                            state[lane] = x
+                            # no branch, which would be mispredicted: the word is always loaded, from the guard row at worst
+                            due = np.int64(x < STATE_LOW)
+                            word = np.int64(stream16[min(next_row[lane], end_row), lane])
+                            state[lane] = (x << (due << 4)) | (word & -due)
+                            next_row[lane] += due
                             for b in range(per_symbol):
                                 coded = (symbol >> (b * coded_bits)) & coded_mask
                                 code[s * per_symbol + b, lane] = coded << raw_bits
@@ -161,6 +160,8 @@ def _decode_run(
                         raw_row += 2 * raw_bits
             longest = raw_row
             for lane in range(GROUP_LANES):
+                if next_row[lane] > end_row:
+                    return _TOO_SHORT, tile
                 if state[lane] != STATE_LOW:
                     return _NOT_AT_START, tile
                 longest = max(longest, next_row[lane])

@@ -118,8 +118,8 @@ class _SplitTables:
         layout = self.layout
         group_symbols = layout.units * layout.unit_symbols
         head = layout.head_rows[begin * layout.groups : end * layout.groups]
-        # no symbol needs more than probability_bits
-        words = -(-group_symbols * layout.probability_bits // 16) + 1
+        # no symbol needs more than probability_bits; one row to spare for the store that is not counted
+        words = -(-group_symbols * layout.probability_bits // 16) + 2
         out = np.empty((int(head.sum()) + len(head) * words, ROW_INTS), np.int32)
         f = freqs.astype(np.int64)
         inverse = 1.0 / np.maximum(f, 1)
@@ -127,7 +127,7 @@ class _SplitTables:
         rows = _encode_run(
             weights, begin, end, layout.tile_grid[1], *self._symbol_args(), self.raw, layout.split.raw_bits,
             self.field_shift, self.field_width, self.field_word, self.field_bit,
-            f, cumulative(freqs)[:256], inverse, layout.probability_bits, words,
+            f << (32 - layout.probability_bits), cumulative(freqs)[:256], (1 << layout.probability_bits) - f, inverse, words,
             out.view(np.uint32), out.view(np.uint16), sizes,
         )  # fmt: skip
         return out[:rows].copy(), sizes
@@ -191,8 +191,12 @@ def _pack_raw(tile, origin, position, raw, half, field_shift, field_width, field
 
 
 @njit(nogil=True, cache=True)
-def _encode_group(symbols, count, freqs, starts, inverse, probability_bits, buffer, states, used):
-    """Encode `count` symbols a lane, last to first; words fill `buffer` from its end."""
+def _encode_group(symbols, count, limits, starts, complements, inverse, buffer, states, used):
+    """Encode `count` symbols a lane, last to first; words fill `buffer` from its end.
+
+    Without branches, which would be mispredicted as often as a word is written: the word is always stored, and counted
+    if it was due. x' = (x // f << precision) + x % f + start = x + x // f * (2 ** precision - f) + start.
+    """
     last = len(buffer) - 1
     for lane in range(GROUP_LANES):
         states[lane] = STATE_LOW
@@ -200,20 +204,19 @@ def _encode_group(symbols, count, freqs, starts, inverse, probability_bits, buff
     for s in range(count - 1, -1, -1):
         for lane in range(GROUP_LANES):
             symbol, x = symbols[s, lane], states[lane]
-            f = freqs[symbol]
-            if x >= f << (32 - probability_bits):
-                buffer[last - used[lane], lane] = np.uint16(x & 0xFFFF)
-                used[lane] += 1
-                x >>= 16
+            due = np.int64(x >= limits[symbol])
+            buffer[last - used[lane], lane] = np.uint16(x & 0xFFFF)
+            used[lane] += due
+            x >>= due << 4
             # exact: x < 2^32, and (x + 0.5) / f is at least 0.5 / 4096 away from an integer
             quotient = np.int64((x + 0.5) * inverse[symbol])
-            states[lane] = (quotient << probability_bits) + x - quotient * f + starts[symbol]
+            states[lane] = x + quotient * complements[symbol] + starts[symbol]
 
 
 @njit(nogil=True, cache=True)
 def _encode_run(
     weights, begin, end, tiles_k, unit_origin, position, coded, coded_bits, unit_symbols, raw, raw_bits,
-    field_shift, field_width, field_word, field_bit, freqs, starts, inverse, probability_bits, words, out, out16, sizes,
+    field_shift, field_width, field_word, field_bit, limits, starts, complements, inverse, words, out, out16, sizes,
 ):  # fmt: skip
     """Encode tiles begin to end into `out` (uint32) and its view `out16`; returns the rows written."""
     groups, units = unit_origin.shape[0], unit_origin.shape[1]
@@ -248,7 +251,7 @@ def _encode_run(
                             out[head + lane // ROW_INTS, lane % ROW_INTS] = pair_raw[word, lane]
                         head += 2
             if count:
-                _encode_group(symbols, count, freqs, starts, inverse, probability_bits, buffer, states, used)
+                _encode_group(symbols, count, limits, starts, complements, inverse, buffer, states, used)
                 longest = 0
                 for lane in range(GROUP_LANES):
                     out[row + lane // ROW_INTS, lane % ROW_INTS] = np.uint32(states[lane])

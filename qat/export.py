@@ -1,0 +1,274 @@
+"""Export: integers of a trained or plain checkpoint, coded tile by tile into a Hugging Face folder.
+
+Works layer by layer: a weight is read (memory-mapped), rounded, coded, decoded again and compared, and handed to the writer, so
+that memory holds one layer and one shard. The folder appears under its name only when complete.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rans_kernels.checkpoint import FolderWriter, LayerEntry, open_shard, quantization_config, shard_of
+from rans_kernels.coder import EncodedTensor, decode_tiles, encode_tiles, entropy, weight_histogram
+from rans_kernels.coder.plan import choose_lanes, choose_split
+from rans_kernels.format import FormatError, TileLayout
+from torch import Tensor, nn
+
+from qat.checkpoint import read_checkpoint
+from qat.config import ExportConfig, QuantConfig, to_plain
+from qat.errors import UserError
+from qat.model_card import model_card
+from qat.quant import QATEmbedding, grid, prepare, quantize_weight, quantized_modules
+from qat.report import print_table, track, write_json
+
+COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt", "chat_template*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from.
+
+    Attributes:
+        folder: has config.json and the tokenizer.
+        quant: how the weights are rounded.
+        names: of every stored tensor.
+        read: gives one.
+        base: name of the model it descends from, for the model card.
+        step: optimiser step of a checkpoint; None for a plain folder.
+    """
+
+    folder: Path
+    quant: QuantConfig
+    names: list[str]
+    read: Callable[[str], Tensor]
+    base: str
+    step: int | None
+
+
+def open_source(config: ExportConfig) -> Source:
+    """Open a Lightning checkpoint or a Hugging Face folder.
+
+    Raises:
+        UserError: neither, or damaged.
+    """
+    path = Path(config.source).expanduser()
+    if path.is_file():
+        checkpoint = read_checkpoint(path)
+        if not checkpoint.config.quant.enabled:
+            raise UserError(f"{path} was trained without quantisation: export its Hugging Face folder instead")
+        weights = checkpoint.weights
+        base = checkpoint.config.model.path
+        return Source(
+            checkpoint.hf_folder, checkpoint.config.quant, list(weights), weights.__getitem__, base, checkpoint.step
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(f"source={config.source} is neither a .ckpt file nor a folder with config.json")
+    shards = shard_of(path)
+
+    def read(name: str) -> Tensor:
+        with open_shard(shards[name]) as shard:
+            return shard.get_tensor(name)
+
+    return Source(path, config.quant, list(shards), read, path.name, None)
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the compressed folder and return it.
+
+    Raises:
+        UserError: a wrong path, or weights that cannot be quantised.
+        FormatError: a decoded layer differs from what was coded; nothing is written.
+    """
+    from transformers import AutoConfig
+
+    output = Path(config.output).expanduser()
+    if output.exists() and not config.overwrite:
+        raise UserError(f"output={config.output} exists: choose another name or say overwrite=true")
+    begin = time.perf_counter()
+    source = open_source(config)
+    hf_config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    modules, tied = plan_modules(hf_config, source.quant)
+    weight_of = {f"{name}.weight": name for name in modules}
+    if missing := sorted(set(weight_of) - set(source.names)):
+        raise UserError(f"{config.source} has no tensor {missing[0]}: its names differ from those of the architecture")
+    layers: dict[str, LayerEntry] = {}
+    report: list[dict[str, Any]] = []
+    passed = set(tied_weights(modules, tied, hf_config, source.names))
+    with FolderWriter(output, parse_size(config.shard_size)) as writer:
+        for key in track(sorted(source.names), "export", config.progress_bar):
+            name = weight_of.get(key)
+            if name is not None:
+                row, entry, buffers = export_layer(name, modules[name], source, config)
+                writer.add({f"{name}.{buffer}": tensor for buffer, tensor in buffers.items()})
+                layers[name] = entry
+                report.append(row)
+            elif key not in passed and not key.endswith(".weight_log2_scale"):
+                tensor = source.read(key)
+                writer.add({key: tensor.clone()})
+                report.append(plain_row(key, tensor))
+        data = hf_config.to_dict()
+        data["dtype"] = stored_dtype(report)
+        if tied:
+            # the stored weight is not a parameter that transformers could tie
+            data["tie_word_embeddings"] = False
+        producer = f"codecllm {version('codecllm')}"
+        data["quantization_config"] = quantization_config(
+            layers, tied, to_plain(source.quant), config.profile.value, producer
+        )
+        for pattern in COPIED:
+            for file in source.folder.glob(pattern):
+                shutil.copyfile(file, writer.folder / file.name)
+        summary = summarise(report) | {
+            "source": config.source, "step": source.step, "profile": config.profile.value,
+            "seconds": round(time.perf_counter() - begin, 2),
+        }  # fmt: skip
+        write_json(writer.folder / "export_report.json", {"summary": summary, "layers": report})
+        (writer.folder / "README.md").write_text(model_card(source.base, summary, data))
+        writer.finish(data, config.overwrite)
+    print_report(output, summary, report)
+    return output
+
+
+def plan_modules(hf_config: Any, quant: QuantConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Modules to compress by name, and heads that share an embedding's weight: {head: embedding}."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+        model.tie_weights()
+        prepare(model, quant)
+    modules: dict[str, nn.Module] = {}
+    owner: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, module in sorted(quantized_modules(model).items(), key=lambda item: not isinstance(item[1], QATEmbedding)):
+        first = owner.setdefault(id(module.weight), name)
+        if first == name:
+            modules[name] = module
+        else:
+            tied[name] = first
+    return modules, tied
+
+
+def tied_weights(
+    modules: dict[str, nn.Module], tied: dict[str, str], hf_config: Any, names: list[str]
+) -> Iterator[str]:
+    """Tensors that are not stored because they are another's: transformers ties them again on load."""
+    yield from (f"{head}.weight" for head in tied)
+    if getattr(hf_config, "tie_word_embeddings", False) and "lm_head.weight" in names:
+        yield "lm_head.weight"
+
+
+def export_layer(
+    name: str, module: nn.Module, source: Source, config: ExportConfig
+) -> tuple[dict[str, Any], LayerEntry, dict[str, Tensor]]:
+    """Round, code and verify one weight: its row of the report, its entry, its buffers."""
+    begin = time.perf_counter()
+    log2_key = f"{name}.weight_log2_scale"
+    log2_scale = source.read(log2_key) if log2_key in source.names else None
+    q, scale = quantize_weight(source.read(f"{name}.weight"), source.quant, log2_scale, f"{name}.weight")
+    weights = q.numpy()
+    counts = weight_histogram(weights)
+    profile = config.profile.value
+    split = choose_split(counts, profile)
+    lanes = config.lanes or choose_lanes(profile)
+    layout = TileLayout(weights.shape, split, lanes, config.probability_bits)  # type: ignore[arg-type]
+    encoded = encode_tiles(weights, layout, config.workers)
+    verify(name, weights, encoded, config.workers)
+    _, group_size = grid(source.quant)
+    kind = "embedding" if isinstance(module, QATEmbedding) else "linear"
+    bias = getattr(module, "bias", None) is not None
+    entry, buffers = LayerEntry.describe(kind, encoded, scale, group_size, bias)
+    qmax = 2 ** (source.quant.bits - 1) - 1
+    row = {
+        "name": name,
+        "kind": kind,
+        "shape": list(weights.shape),
+        "weights": weights.size,
+        "entropy": round(entropy(counts), 4),
+        "bits": round(8 * (encoded.nbytes + scale.nbytes) / weights.size, 4),
+        "bytes": encoded.nbytes + scale.nbytes,
+        "split": str(split),
+        "lanes": lanes,
+        "clipped": round(float(counts[[128 - qmax, 128 + qmax]].sum() / weights.size), 8),
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+    return row, entry, buffers
+
+
+def verify(name: str, weights: np.ndarray, encoded: EncodedTensor, workers: int | None) -> None:
+    """Decode a weight and compare every integer.
+
+    Raises:
+        FormatError: they differ.
+    """
+    decoded = decode_tiles(encoded.layout, encoded.stream, encoded.offsets, encoded.freqs, workers)
+    if not np.array_equal(decoded, weights):
+        raise FormatError(f"{name}: the decoded weights differ from those coded; this is a bug, nothing was written")
+
+
+def plain_row(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Row of the report for a tensor stored as it is."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {
+        "name": name, "kind": "plain", "shape": list(tensor.shape), "weights": tensor.numel(), "dtype": dtype,
+        "bytes": tensor.nbytes, "bits": 8 * tensor.element_size(),
+    }  # fmt: skip
+
+
+def stored_dtype(report: list[dict[str, Any]]) -> str:
+    """Widest float dtype among the plain tensors: what transformers loads them as."""
+    order = ["float16", "bfloat16", "float32"]
+    return max((row["dtype"] for row in report if row.get("dtype") in order), key=order.index, default="float32")
+
+
+def summarise(report: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals: of the compressed layers, and of the whole model."""
+    coded = [row for row in report if row["kind"] != "plain"]
+    weights = sum(row["weights"] for row in coded)
+    everything = sum(row["weights"] for row in report)
+    size = sum(row["bytes"] for row in report)
+    return {
+        "compressed_weights": weights,
+        "entropy": round(sum(row["entropy"] * row["weights"] for row in coded) / weights, 4),
+        "bits": round(8 * sum(row["bytes"] for row in coded) / weights, 4),
+        "parameters": everything,
+        "model_bytes": size,
+        "model_bits": round(8 * size / everything, 4),
+        "fp16_bytes": 2 * everything,
+    }
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB or 200MB.
+
+    Raises:
+        UserError: anything else.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"shard_size={text}: give it as 5GB or 200MB") from error
+    if size <= 0:
+        raise UserError(f"shard_size={text}: must be positive")
+    return size
+
+
+def print_report(output: Path, summary: dict[str, Any], report: list[dict[str, Any]]) -> None:
+    """Show what was written."""
+    coded = [row for row in report if row["kind"] != "plain"]
+    columns = ("name", "shape", "entropy", "bits", "split", "lanes", "clipped")
+    shown = coded if len(coded) <= 24 else [*coded[:12], *coded[-12:]]
+    print_table(f"{len(coded)} compressed layers", columns, [[row[c] for c in columns] for row in shown])
+    print(
+        f"{output}: {summary['bits']:.3f} bits a weight over an entropy of {summary['entropy']:.3f}, every tile verified; "
+        f"{summary['model_bytes'] / 1e6:.1f} MB in all, {summary['fp16_bytes'] / summary['model_bytes']:.2f}x smaller "
+        f"than FP16, in {summary['seconds']:.1f} s"
+    )
