@@ -40,8 +40,9 @@ def train(config: TrainConfig) -> Path:
         KeyboardInterrupt: Ctrl-C; its message tells how to go on.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # of lightning's: one about its own code, one that does not hold for tokens mapped from a file
-    for message in (".*LeafSpec.*", ".*does not have many workers.*"):
+    # not for the user: a name of lightning's and one of transformers' that go out of use, and advice on slow
+    # datasets, which windows of a mapped file are not
+    for message in (".*LeafSpec.*", ".*gradient_checkpointing_enable.*", ".*does not have many workers.*"):
         warnings.filterwarnings("ignore", message)
     check_config(config)
     run = _run_folder(config)

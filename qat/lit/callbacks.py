@@ -15,7 +15,6 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from qat.errors import UserError
 from qat.lit.module import QATModule
 from qat.quant import quantized_modules, weight_statistics
 
@@ -39,20 +38,12 @@ class TrainMetrics(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        """Collect; now and then write.
-
-        Raises:
-            UserError: the loss is not finite. It comes before a checkpoint could keep the damage.
-        """
+        """Collect; now and then write. Raises UserError if the loss is not finite."""
         if not ends_step(trainer, batch_idx):
             return
         assert isinstance(module, QATModule)
         sums = np.array(module.take_train_sums())
-        if not math.isfinite(sums[0]):
-            raise UserError(
-                f"the loss is not finite at step {trainer.global_step}: try a lower optim.lr or a longer "
-                "optim.warmup_steps; checkpoints/ holds the state before"
-            )
+        module.check_finite(sums[0])
         module.log("train/loss", sums[0] / sums[3], prog_bar=True, logger=False)
         self._sums += sums
         if trainer.global_step % self.every == 0:

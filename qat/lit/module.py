@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from qat.config import OptimConfig, TrainConfig, from_plain
 from qat.distill import distillation_loss, token_sums
+from qat.errors import UserError
 from qat.model import check_output_logits, load_model, output_logits
 from qat.quant import prepare, set_fake_quant
 
@@ -126,9 +127,14 @@ class QATModule(pl.LightningModule):
         self._valid_sums += token_sums(hidden, teacher_hidden, self._student_head, teacher_head, targets, chunk_tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the tokens of all ranks: val/ce, val/ppl and, with a teacher, val/kl, val/top1."""
+        """Means over the tokens of all ranks: val/ce, val/ppl and, with a teacher, val/kl, val/top1.
+
+        Raises:
+            UserError: they are not finite.
+        """
         kl, ce, agree, tokens = self._over_ranks(self._valid_sums)
         ce /= tokens
+        self.check_finite(ce)
         metrics = {"val/ce": ce, "val/ppl": math.exp(min(ce, 700.0))}
         if self._teacher:
             metrics |= {"val/kl": kl / tokens, "val/top1": agree / tokens}
@@ -140,6 +146,14 @@ class QATModule(pl.LightningModule):
         sums = self._over_ranks(self._train_sums)
         self._train_sums.zero_()
         return sums
+
+    def check_finite(self, loss: float) -> None:
+        """Raise UserError for a loss that is not; it comes before a checkpoint of this step."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is not finite after step {self.global_step}: try a lower optim.lr or a longer "
+                "optim.warmup_steps; checkpoints/best.ckpt, if there is one, is from before"
+            )
 
     def write_metrics(self, metrics: dict[str, float]) -> None:
         """Hand metrics to the loggers under the optimiser step (Lightning's own counter is off by one after resume)."""

@@ -1,7 +1,7 @@
 """A tiny Llama with its tokenizer, some text, and a config that trains it in a second."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,15 @@ def some_text(words: int, seed: int) -> str:
     draw = random.Random(seed)
     vocabulary = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(80)]
     return " ".join(draw.choice(vocabulary[: 1 + draw.randrange(80)]) for _ in range(words))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by sharing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -62,36 +71,44 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def config_for(tiny: Path, outputs: Path) -> TrainConfig:
+    """A run of 6 steps of 2 micro-batches with all that has state: delayed start, learned scales, schedule."""
+    return TrainConfig(
+        name="tiny",
+        model=ModelConfig(path=str(tiny / "model")),
+        data=DataConfig(
+            train=str(tiny / "train.txt"),
+            valid=str(tiny / "valid.txt"),
+            seq_len=33,
+            batch_size=4,
+            micro_batch_size=2,
+            valid_windows=5,
+        ),
+        quant=QuantConfig(scale=ScaleRule.learned, init=ScaleRule.std, k=0.5, start_step=2),
+        optim=OptimConfig(lr=1e-2, scale_lr=1e-2, weight_decay=0.1, warmup_steps=2),
+        trainer=TrainerConfig(
+            max_steps=6,
+            accelerator="cpu",
+            devices=1,
+            valid_every=2,
+            checkpoint_every=1,
+            log_every=1,
+            progress_bar=False,
+        ),
+        logger=LoggerConfig(mode=LoggerMode.disabled),
+        paths=PathsConfig(output_root=str(outputs), cache=str(tiny / "cache")),
+    )
+
+
 @pytest.fixture
 def make_config(tiny: Path, tmp_path: Path) -> Callable[[], TrainConfig]:
-    """Config of a run of 6 steps of 2 micro-batches, with everything that has state: accumulation, delayed start,
-    learned scales, warm-up, validation."""
+    """Gives a fresh `config_for` whose runs go to this test's folder."""
+    return lambda: config_for(tiny, tmp_path / "outputs")
 
-    def make() -> TrainConfig:
-        return TrainConfig(
-            name="tiny",
-            model=ModelConfig(path=str(tiny / "model")),
-            data=DataConfig(
-                train=str(tiny / "train.txt"),
-                valid=str(tiny / "valid.txt"),
-                seq_len=33,
-                batch_size=4,
-                micro_batch_size=2,
-                valid_windows=5,
-            ),
-            quant=QuantConfig(scale=ScaleRule.learned, init=ScaleRule.std, k=0.5, start_step=2),
-            optim=OptimConfig(lr=1e-2, scale_lr=1e-2, weight_decay=0.1, warmup_steps=2),
-            trainer=TrainerConfig(
-                max_steps=6,
-                accelerator="cpu",
-                devices=1,
-                valid_every=2,
-                checkpoint_every=1,
-                log_every=1,
-                progress_bar=False,
-            ),
-            logger=LoggerConfig(mode=LoggerMode.disabled),
-            paths=PathsConfig(output_root=str(tmp_path / "outputs"), cache=str(tiny / "cache")),
-        )
 
-    return make
+@pytest.fixture(scope="session")
+def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of `config_for` from start to end: what every interrupted one has to equal."""
+    from qat.lit.build import train
+
+    return train(config_for(tiny, tmp_path_factory.mktemp("unbroken")))

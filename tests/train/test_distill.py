@@ -45,7 +45,9 @@ def naive(models: Models, temperature: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_loss_is_the_mean_over_tokens_of_the_definition(tokens: int, temperature: float) -> None:
     models = Models(tokens)
-    result = distillation_loss(*models.arguments, kl_weight=0.7, ce_weight=0.3, temperature=temperature, chunk_tokens=10)
+    result = distillation_loss(
+        *models.arguments, kl_weight=0.7, ce_weight=0.3, temperature=temperature, chunk_tokens=10
+    )
     kl, ce = naive(models, temperature)
     torch.testing.assert_close(result.kl, kl, rtol=1e-12, atol=0)
     torch.testing.assert_close(result.ce, ce, rtol=1e-12, atol=0)
