@@ -67,12 +67,12 @@ def harness(config: EvalConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     read_config(Path(config.compressed))
-    tasks, local = find_tasks(config.tasks, config.data_dir)
-    offline = local and (config.base is None or Path(config.base).is_dir())
+    tasks, manager = find_tasks(config.tasks, config.data_dir)
+    offline = all(isinstance(task, dict) for task in tasks) and (config.base is None or Path(config.base).is_dir())
     runs: dict[str, Any] = {}
     with _quiet(), _offline(offline):
         for name in ["base", "compressed"] if config.base else ["compressed"]:
-            runs[name] = _evaluate(name, config, tasks, local, device, dtype)
+            runs[name] = _evaluate(name, config, tasks, manager, device, dtype)
             gc.collect()
     results = {name: _scores(run) for name, run in runs.items()}
     report = {
@@ -95,15 +95,15 @@ def harness(config: EvalConfig) -> dict[str, Any]:
     return report
 
 
-def find_tasks(names: Any, data_dir: str | None) -> tuple[list[str | dict[str, Any]], bool]:
-    """What to hand to lm-eval's TaskManager.
+def find_tasks(names: Any, data_dir: str | None) -> tuple[list[str | dict[str, Any]], TaskManager]:
+    """What lm-eval is to run.
 
     Args:
         names: a name or a list of them: of eval/tasks/*.yaml, of a YAML file's path, or of lm-eval's own.
         data_dir: folder of the files that the tasks of eval/tasks read.
 
     Returns:
-        The tasks, and whether all of them are local, so that nothing has to be fetched.
+        The tasks, those of eval/tasks as dicts, and a manager that knows the others.
 
     Raises:
         UserError: none given, an unknown one, or a missing, damaged or empty data file.
@@ -112,24 +112,23 @@ def find_tasks(names: Any, data_dir: str | None) -> tuple[list[str | dict[str, A
     if not isinstance(names, list | tuple) or not names:
         raise UserError(f"no tasks: give tasks=[...] with some of {', '.join(_local_names())}, or lm-eval's own")
     tasks: list[str | dict[str, Any]] = []
-    others = []
     for name in map(str, names):
         if name in _local_names():
             tasks.append(_local_task(name, data_dir))
-        elif name.endswith((".yaml", ".yml")):
-            if not Path(name).is_file():
-                raise UserError(f"no such task file: {name}")
-            tasks.append(name)
+        elif name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            raise UserError(f"no such task file: {name}")
         else:
-            others.append(name)
-    if others:
-        known = TaskManager().all_tasks
-        if unknown := [name for name in others if name not in known]:
+            tasks.append(name)
+    others = [task for task in tasks if isinstance(task, str)]
+    # it takes lm-eval seconds to find its thousands of tasks
+    manager = TaskManager(include_defaults=bool(others))
+    for name in others:
+        if name not in manager.all_tasks and not Path(name).is_file():
             raise UserError(
-                f"unknown task {unknown[0]}: give one of {', '.join(_local_names())}, the path of a YAML file, "
+                f"unknown task {name}: give one of {', '.join(_local_names())}, the path of a YAML file, "
                 "or a task of lm-eval (`lm_eval ls tasks` lists them)"
             )
-    return [*tasks, *others], all(isinstance(task, dict) for task in [*tasks, *others])
+    return tasks, manager
 
 
 def _local_names() -> list[str]:
@@ -160,7 +159,7 @@ def _local_task(name: str, data_dir: str | None) -> dict[str, Any]:
 
 
 def _evaluate(
-    name: str, config: EvalConfig, tasks: list[Any], local: bool, device: torch.device, dtype: torch.dtype
+    name: str, config: EvalConfig, tasks: list[Any], manager: TaskManager, device: torch.device, dtype: torch.dtype
 ) -> Any:
     options: dict[str, Any] = {"batch_size": config.batch_size, "device": str(device)}
     if name == "base":
@@ -176,7 +175,7 @@ def _evaluate(
         batch_size=config.batch_size,
         limit=config.limit,
         log_samples=True,
-        task_manager=TaskManager(include_defaults=not local),
+        task_manager=manager,
     )
 
 

@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rans_kernels
+import torch
+
+from eval import consistency as module
+from eval.consistency import consistency
+from qat.config import EvalConfig, QuantConfig
+from qat.errors import UserError
+from qat.model import load_model
+from qat.quant import prepare
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_compressed_model_is_the_fake_quant_model_and_not_the_base(config: EvalConfig, dtype: str) -> None:
+    config.dtype = dtype
+    report = consistency(config)
+    fake, base = report["fake_quant"], report["base"]
+    assert report["passed"]
+    assert fake["generation"]["divergent_tokens"] == 0
+    assert fake["generation"]["tokens"] == 7 * 13
+    assert fake["logits"]["bit_equal"]
+    assert fake["logits"]["tokens"] == 5 * 63
+    assert not base["logits"]["bit_equal"]
+    assert base["logits"]["kl"]["mean"] > 0
+    assert base["generation"]["divergent_tokens"] > 0
+    assert base["logits"]["perplexity"]["other"] == fake["logits"]["perplexity"]["reference"]
+
+
+def test_the_report_on_disk_is_the_one_returned(config: EvalConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    report = consistency(config)
+    output = Path(config.output)
+    stored = json.loads((output / "report.json").read_text())["consistency"]
+    assert stored.pop("environment")["versions"]["transformers"]
+    assert stored == json.loads(json.dumps(report))
+    assert (output / "survival.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "PASS fake-quant vs compressed: 0 divergent tokens of 91 in 7 prompts" in shown
+    assert "99.9%" in shown
+
+
+def test_one_altered_scale_fails(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = rans_kernels.load
+
+    def altered(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        model = load(*args, **kwargs)
+        model.get_submodule("model.layers.1.mlp.down_proj").weight_scale[7] *= 1.5
+        return model
+
+    monkeypatch.setattr(rans_kernels, "load", altered)
+    report = consistency(config)
+    assert report["passed"] is False
+    assert report["fake_quant"]["logits"]["max_abs_difference"] > 0
+    assert "FAIL fake-quant vs compressed" in capsys.readouterr().out
+
+
+def test_a_checkpoint_alone_is_compared_without_a_base(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = config.base
+    asked = []
+
+    def load_fake_quant(path: str) -> torch.nn.Module:
+        asked.append(path)
+        return prepare(load_model(source), QuantConfig(bits=5, embeddings=True)).eval()
+
+    monkeypatch.setattr(module, "load_fake_quant", load_fake_quant)
+    config.base, config.checkpoint = None, "run/checkpoints/last.ckpt"
+    report = consistency(config)
+    assert asked == ["run/checkpoints/last.ckpt"]
+    assert report["passed"]
+    assert "base" not in report
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": None}, "base=.*checkpoint="),
+        ({"text": None}, "text="),
+        ({"prompts": 1000}, "tokens, and 1000 prompts of 9 need 9,000"),
+        ({"seq_len": 100_000}, "tokens, and one window of seq_len=100000 needs 100,001"),
+        ({"seq_len": 200}, "seq_len=200 does not fit the model's context of 128"),
+        ({"new_tokens": 120}, "prompt_tokens=9 and new_tokens=120 do not fit .* 128"),
+        ({"windows": 0}, "windows=0"),
+        ({"prompts": 0}, "prompts=0"),
+        ({"device": "nowhere"}, "device=nowhere"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_named_in_one_line_and_leaves_no_report(
+    config: EvalConfig, changes: dict[str, object], words: str
+) -> None:
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(UserError, match=words) as error:
+        consistency(config)
+    assert "\n" not in str(error.value)
+    assert not list(Path(config.output).glob("*.json"))
+
+
+def test_models_of_two_vocabularies_are_refused(config: EvalConfig, other_vocabulary: Path) -> None:
+    config.base = str(other_vocabulary)
+    with pytest.raises(UserError, match="vocabulary of 310"):
+        consistency(config)

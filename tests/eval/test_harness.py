@@ -1,0 +1,180 @@
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import rans_kernels
+import torch
+from lm_eval.tasks import TaskManager
+
+from eval import harness as module
+from eval.harness import TASKS, harness
+from qat.config import EvalConfig
+from qat.errors import UserError
+from qat.model import load_tokenizer
+
+CHOICES = [
+    {"query": f"Question: {n} foxes and\n", "choices": ["dogs", "two dogs", "rest"], "gold": n % 3} for n in range(9)
+]
+LAST_WORDS = [{"context": f"the {n} quick foxes ", "continuation": "jump over"} for n in range(5)]
+TEXTS = [{"text": f"the {n} lazy dogs jump and rest.\n" * 9} for n in range(3)]
+LOCAL = sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    files = {
+        **dict.fromkeys(["arc_easy", "arc_challenge", "piqa", "hellaswag", "commonsense_qa"], CHOICES),
+        "lambada_openai": LAST_WORDS,
+        "text": TEXTS,
+    }
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def task_config(config: EvalConfig, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    config.data_dir = str(data_dir)
+    return config
+
+
+@torch.no_grad()
+def log_likelihood(model: torch.nn.Module, before: list[int], after: list[int]) -> float:
+    log_p = model(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
+    return sum(log_p[len(before) - 1 + at, token].item() for at, token in enumerate(after))
+
+
+def test_every_local_task_runs_offline_on_both_models(
+    task_config: EvalConfig, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_config.tasks, task_config.log_samples = LOCAL, True
+    before = [os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")]
+    report = harness(task_config)
+    assert [os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")] == before
+    assert list(report["results"]) == ["base", "compressed"]
+    for scores in report["results"].values():
+        assert sorted(scores) == LOCAL
+        assert all(math.isfinite(score["value"]) for metrics in scores.values() for score in metrics.values())
+    assert set(report["results"]["compressed"]["arc_easy_local"]) == {"acc", "acc_norm"}
+    assert report["samples"] == {name: 3 if name == "text_perplexity" else 5 if name[0] == "l" else 9 for name in LOCAL}
+    assert set(report["versions"].values()) == {1.0}
+    assert sorted(report["flips"]) == [name for name in LOCAL if name not in ("lambada_local", "text_perplexity")]
+
+    stored = json.loads((Path(task_config.output) / "report.json").read_text())["harness"]
+    assert stored["results"] == report["results"]
+    assert "commonsense_qa_local" in capsys.readouterr().out
+    check_prompts(Path(task_config.output))
+    check_scores(report["results"]["compressed"], task_config)
+
+
+def check_prompts(output: Path) -> None:
+    def asked(task: str) -> list[Any]:
+        lines = (output / f"samples_compressed_{task}.jsonl").read_text().splitlines()
+        item = next(item for item in map(json.loads, lines) if item["doc_id"] == 0)
+        return item["arguments"]
+
+    answers = [" dogs", " two dogs", " rest"]
+    for task in ("arc_easy_local", "arc_challenge_local", "piqa_local"):
+        assert asked(task) == [["Question: 0 foxes and\nAnswer:", answer] for answer in answers]
+    for task in ("hellaswag_local", "commonsense_qa_local"):
+        assert asked(task) == [["Question: 0 foxes and", answer] for answer in answers]
+    assert asked("lambada_local") == [["the 0 quick foxes", " jump over"]]
+    assert asked("text_perplexity") == [[TEXTS[0]["text"]]]
+
+
+def check_scores(scores: dict[str, Any], config: EvalConfig) -> None:
+    model, tokenizer = rans_kernels.load(config.compressed), load_tokenizer(config.compressed)
+    found = []
+    for row in LAST_WORDS:
+        before, whole = (
+            tokenizer.encode(text) for text in (row["context"].strip(), row["context"] + row["continuation"])
+        )
+        found.append(log_likelihood(model, before, whole[len(before) :]))
+    assert scores["lambada_local"]["perplexity"]["value"] == pytest.approx(math.exp(-sum(found) / 5), rel=1e-4)
+
+    # shorter than the context, and nothing but the end-of-text token stands before a text
+    texts = [row["text"] for row in TEXTS]
+    total = sum(log_likelihood(model, [tokenizer.eos_token_id], tokenizer.encode(text)) for text in texts)
+    bits = -total / sum(len(text.encode()) for text in texts) / math.log(2)
+    assert scores["text_perplexity"]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-4)
+
+
+def test_lm_eval_knows_the_model_by_its_name(task_config: EvalConfig) -> None:
+    task = {
+        "task": "inline",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{task_config.data_dir}/arc_easy.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query|trim}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metadata": {"version": 1.0},
+    }
+    run = lm_eval.simple_evaluate(
+        model="codecllm",
+        model_args={"pretrained": task_config.compressed, "dtype": "float32"},
+        tasks=[task],
+        device="cpu",
+        batch_size=3,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    task_config.base, task_config.tasks = None, "arc_easy_local"
+    ours = harness(task_config)["results"]["compressed"]["arc_easy_local"]
+    assert run["results"]["inline"]["acc,none"] == ours["acc"]["value"]
+
+
+def test_limit_and_shots_reach_lm_eval(task_config: EvalConfig) -> None:
+    task_config.base, task_config.tasks = None, ["arc_easy_local"]
+    task_config.limit, task_config.num_fewshot, task_config.log_samples = 2, 1, True
+    assert harness(task_config)["samples"] == {"arc_easy_local": 2}
+    lines = (Path(task_config.output) / "samples_compressed_arc_easy_local.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert all(line.count("Answer:") > 1 for line in lines)
+
+
+def test_an_unknown_task_is_told_which_there_are(task_config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    # without lm-eval's own, which take seconds to list
+    monkeypatch.setattr(module, "TaskManager", lambda include_defaults: TaskManager(include_defaults=False))
+    task_config.tasks = ["arc_easy_local", "arc_easi"]
+    with pytest.raises(UserError, match="unknown task arc_easi: .*arc_easy_local, .*text_perplexity"):
+        harness(task_config)
+
+
+def test_a_task_file_of_the_users_own_runs(task_config: EvalConfig, tmp_path: Path) -> None:
+    text = (TASKS / "piqa_local.yaml").read_text()
+    own = tmp_path / "own.yaml"
+    own.write_text(text.replace("piqa_local", "own").replace("piqa.jsonl", f"{task_config.data_dir}/piqa.jsonl"))
+    task_config.base, task_config.tasks, task_config.data_dir = None, [str(own)], None
+    assert set(harness(task_config)["results"]["compressed"]) == {"own"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": None}, "no tasks: .*arc_easy_local.*text_perplexity"),
+        ({"tasks": []}, "no tasks"),
+        ({"tasks": "nowhere/own.yaml"}, "no such task file: nowhere/own.yaml"),
+        ({"tasks": "arc_easy_local", "data_dir": None}, "arc_easy.jsonl: give data_dir="),
+        ({"tasks": "arc_easy_local", "data_dir": "nowhere"}, "nowhere/arc_easy.jsonl, which does not exist"),
+        ({"tasks": "piqa_local", "file": ("piqa", "\n\n")}, "piqa.jsonl is empty"),
+        ({"tasks": "piqa_local", "file": ("piqa", "[1]")}, "one JSON object a line"),
+        ({"tasks": "piqa_local", "file": ("piqa", '{"query": "a"}')}, "no key 'choices'; .* query, choices, gold"),
+        ({"tasks": "piqa_local", "base": "./nowhere"}, "no model at ./nowhere"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(task_config: EvalConfig, changes: dict[str, Any], words: str) -> None:
+    if file := changes.pop("file", None):
+        (Path(str(task_config.data_dir)) / f"{file[0]}.jsonl").write_text(file[1])
+    for key, value in changes.items():
+        setattr(task_config, key, value)
+    with pytest.raises(UserError, match=words) as error:
+        harness(task_config)
+    assert "\n" not in str(error.value)
