@@ -88,7 +88,7 @@ def _exit_code(call: Callable[[], Any], full: bool) -> int:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
     except OSError as error:
-        if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise
         print(f"error: {error}", file=sys.stderr)
     return 2

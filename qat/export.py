@@ -62,6 +62,11 @@ def open_source(config: ExportConfig) -> Source:
         checkpoint = read_checkpoint(path)
         if not checkpoint.config.quant.enabled:
             raise UserError(f"{path} was trained without quantisation: export its Hugging Face folder instead")
+        if not checkpoint.fake_quant_on:
+            raise UserError(
+                f"{path} is of step {checkpoint.step}, before fake quantisation began at quant.start_step="
+                f"{checkpoint.config.quant.start_step}: export a later checkpoint"
+            )
         weights = checkpoint.weights
         base = checkpoint.config.model.path
         return Source(

@@ -5,6 +5,7 @@ model-0000i-of-0000n.safetensors, model.safetensors.index.json
 tokenizer and generation config, README.md (model card), export_report.json
 """
 
+import errno
 import json
 import os
 import shutil
@@ -184,7 +185,8 @@ class FolderWriter:
             save_file(self._pending, path, metadata={"format": "pt"})
         except SafetensorError as error:
             # the writer reports a full disk in its own words
-            raise OSError(f"cannot write {self.output}: {error}") from error
+            code = errno.ENOSPC if "code: 28" in str(error) else errno.EIO
+            raise OSError(code, os.strerror(code), str(self.output)) from error
         self._shards.append((path, list(self._pending)))
         self._bytes += sum(tensor.nbytes for tensor in self._pending.values())
         self._pending = {}
@@ -204,6 +206,9 @@ class FolderWriter:
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(data, indent=1))
         # without it nothing loads the folder, so it comes last
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        for shard in self.folder.glob("*.safetensors"):
+            # safetensors gives them to the owner alone
+            shutil.copymode(self.folder / "config.json", shard)
         if overwrite and self.output.exists():
             old = self.folder.with_name(self.folder.name + "-old")
             self.output.rename(old)

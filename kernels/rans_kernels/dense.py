@@ -33,7 +33,9 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | N
         dtype: of the result [N, K].
         group_size: columns that share a scale, or None.
     """
-    return (q.to(torch.float32) * expand_scale(scale.to(torch.float32), q.shape[1], group_size)).to(dtype)
+    weight = q.to(torch.float32) * expand_scale(scale.to(torch.float32), q.shape[1], group_size)
+    # no cast that does nothing: as the last step of an autograd.Function it loses the gradient in dynamo of torch 2.11
+    return weight if dtype is torch.float32 else weight.to(dtype)
 
 
 class Int8Linear(nn.Module):

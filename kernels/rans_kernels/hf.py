@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rans_kernels.checkpoint import BUFFERS, QUANT_METHOD, LayerEntry, check_buffers, parse_layers, read_config, shard_of
+from rans_kernels.checkpoint import BUFFERS, QUANT_METHOD, LayerEntry, check_buffers, open_shard, parse_layers, read_config, shard_of
 from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedEmbedding, CompressedLinear, CompressedWeight, TiedLinear
 
@@ -86,16 +86,18 @@ def module_for(entry: LayerEntry) -> CompressedWeight:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of another.
+    """Put a module in the place of another whose weight has the same shape.
 
     Raises:
-        FormatError: the model has none of that name.
+        FormatError: the model has none of that name, or of another shape.
     """
     parent, _, child = name.rpartition(".")
     try:
-        model.get_submodule(name)
+        old = model.get_submodule(name)
     except AttributeError as error:
         raise FormatError(f"config.json lists {name}, which a {type(model).__name__} does not have") from error
+    if isinstance(new, CompressedWeight) and tuple(old.weight.shape) != new.layout.shape:
+        raise FormatError(f"{name} is listed with shape {new.layout.shape}, the model has {tuple(old.weight.shape)}")
     setattr(model.get_submodule(parent), child, new)
 
 
@@ -115,7 +117,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     folder = Path(folder)
     config = read_config(folder)
     parse_layers(config["quantization_config"])
-    shard_of(folder)
+    for shard in set(shard_of(folder).values()):
+        with open_shard(shard):
+            pass
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True

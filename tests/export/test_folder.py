@@ -1,0 +1,128 @@
+"""Whatever happens to a compressed folder, loading it is right or says in one line what is wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import rans_kernels
+import torch
+from rans_kernels.checkpoint import iterate_weights
+from rans_kernels.format import FormatError
+
+from qat.config import ExportConfig, Profile, QuantConfig
+from qat.export import export
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_llama, tmp_path_factory):
+    output = tmp_path_factory.mktemp("exported") / "model"
+    config = ExportConfig(
+        source=str(tiny_llama()), output=str(output), quant=QuantConfig(bits=5), profile=Profile.auto,
+        shard_size="30KB", progress_bar=False,
+    )  # fmt: skip
+    return export(config)
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+def edit_config(folder, change):
+    data = json.loads((folder / "config.json").read_text())
+    change(data["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(data))
+
+
+def first_shard(folder):
+    """The first that holds a compressed layer."""
+    return next(f for f in sorted(folder.glob("*.safetensors")) if b".weight_stream" in f.read_bytes())
+
+
+def cut(folder):
+    shard = first_shard(folder)
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def empty(folder):
+    first_shard(folder).write_bytes(b"")
+
+
+def lose_shard(folder):
+    first_shard(folder).unlink()
+
+
+def lose_layer(folder):
+    edit_config(folder, lambda q: q["layers"].pop("model.layers.0.mlp.up_proj"))
+
+
+def foreign_layer(folder):
+    edit_config(folder, lambda q: q["layers"].update(x=q["layers"]["model.layers.0.mlp.up_proj"]))
+
+
+DAMAGE = {
+    "no folder": (shutil.rmtree, "no config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config cut": (lambda f: (f / "config.json").write_text('{"a": '), "damaged"),
+    "not compressed": (lambda f: (f / "config.json").write_text("{}"), "no quantization_config"),
+    "other method": (lambda f: edit_config(f, lambda q: q.update(quant_method="gptq")), "not a codecllm folder"),
+    "newer version": (lambda f: edit_config(f, lambda q: q.update(format_version=2)), "format_version is 2"),
+    "entry damaged": (lambda f: edit_config(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].pop("lanes")), "lanes"),
+    "shape altered": (
+        lambda f: edit_config(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(shape=[80, 49])),
+        "listed with shape",
+    ),
+    "shard cut": (cut, "damaged or truncated"),
+    "shard empty": (empty, "damaged or truncated"),
+    "shard lost": (lose_shard, "lacks model-0000"),
+    "index cut": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json is damaged"),
+    "layer not listed": (lose_layer, "do not fit"),
+    "layer of another model": (foreign_layer, "x, which a LlamaForCausalLM does not have"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.replace(" ", "-"))
+def test_damage_is_one_clear_line(damage, folder):
+    change, message = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(FormatError, match=message) as error:
+        rans_kernels.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_any_altered_byte_of_a_coded_tensor_is_noticed(folder):
+    rng = np.random.default_rng(0)
+    shard = first_shard(folder)
+    good = shard.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    spans = json.loads(good[8:header])
+    coded = [s["data_offsets"] for name, s in spans.items() if ".weight_" in name]
+    for _ in range(12):
+        begin, end = coded[rng.integers(len(coded))]
+        bad = bytearray(good)
+        bad[header + rng.integers(begin, end)] ^= 1 << rng.integers(8)
+        shard.write_bytes(bad)
+        with pytest.raises(FormatError, match="checksum"):
+            rans_kernels.load(folder)
+        with pytest.raises(FormatError, match="checksum"):
+            list(iterate_weights(folder))
+
+
+def test_half_written_folders_do_not_load(folder):
+    # what is on disk just before the last step of the writer
+    (folder / "config.json").unlink()
+    with pytest.raises(FormatError):
+        rans_kernels.load(folder)
+
+
+def test_repr_tells_backend_and_size(folder):
+    text = repr(rans_kernels.load(folder).model.layers[0].mlp.up_proj)
+    assert "split=c" in text and "backend=cpu-int8" in text and "bits=" in text
+
+
+def test_compressed_weights_follow_the_model_to_another_dtype_untouched(folder):
+    model = rans_kernels.load(folder, dtype=torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight_scale.dtype == torch.float32 and layer.weight_stream.dtype == torch.int32
+    assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16
