@@ -39,7 +39,8 @@ def train(config: TrainConfig) -> Path:
         UserError: a mistake in the config, the model or the text; most are seen before anything is written.
         KeyboardInterrupt: Ctrl-C; its message tells how to go on.
     """
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # not for the user: a name of lightning's and one of transformers' that go out of use, and advice on slow
     # datasets, which windows of a mapped file are not
     for message in (".*LeafSpec.*", ".*gradient_checkpointing_enable.*", ".*does not have many workers.*"):
@@ -68,7 +69,8 @@ def train(config: TrainConfig) -> Path:
         raise KeyboardInterrupt(f"stopped at once; {run / 'checkpoints'} has the last state that was saved") from None
     finally:
         finish_loggers(config)
-    log.info("done: %s", run)
+    if trainer.is_global_zero:
+        log.info("done: %s", run)
     return run
 
 

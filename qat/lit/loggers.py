@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -25,6 +26,7 @@ class JsonlLogger(Logger):
         super().__init__()
         self.path = path
         self._pending: dict[str, Any] = {}
+        self._opened = False
 
     @property
     def name(self) -> str:
@@ -51,11 +53,13 @@ class JsonlLogger(Logger):
         """Write the line begun."""
         if not self._pending:
             return
-        with open(self.path, "ab+") as file:
+        if not self._opened and self.path.exists():
             # a killed run may have left half a line
-            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-                file.write(b"\n")
-            file.write(json.dumps(self._pending).encode() + b"\n")
+            whole = self.path.read_bytes().rpartition(b"\n")
+            os.truncate(self.path, len(whole[0] + whole[1]))
+        self._opened = True
+        with open(self.path, "a") as file:
+            file.write(json.dumps(self._pending) + "\n")
         self._pending = {}
 
     def finalize(self, status: str) -> None:

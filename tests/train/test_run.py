@@ -26,6 +26,7 @@ from qat.lit import build
 from qat.lit.callbacks import Checkpoints
 from qat.lit.module import QATModule
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 MakeConfig = Callable[[], TrainConfig]
 
 
@@ -53,6 +54,14 @@ def run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch | None = None, afte
     with monkeypatch.context() as patch:
         patch.setattr(build, "build_trainer", with_intruder)
         return build.train(config)
+
+
+def command(config: TrainConfig) -> list[str]:
+    """train.py with every value of `config`."""
+    plain = to_plain(config)
+    groups = [(group, values) for group, values in plain.items() if isinstance(values, dict)]
+    overrides = [f"{group}.{key}={json.dumps(value)}" for group, values in groups for key, value in values.items()]
+    return [sys.executable, str(CONFIG_DIR.parent / "train.py"), f"name={config.name}", *overrides]
 
 
 def crash() -> None:
@@ -151,15 +160,7 @@ def test_a_killed_process_loses_no_checkpoint_and_resumes(make_config: MakeConfi
     config = make_config()
     # long enough to be hit
     config.trainer.max_steps = 100_000
-    plain = to_plain(config)
-    overrides = [
-        f"{group}.{key}={json.dumps(value)}"
-        for group in ("model", "data", "quant", "optim", "trainer", "paths")
-        for key, value in plain[group].items()
-    ]
-    command = [sys.executable, str(CONFIG_DIR.parent / "train.py"), "name=tiny", "logger=disabled", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command(config), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     root = Path(config.paths.output_root, "tiny")
     deadline = time.monotonic() + 60
     while not list(root.glob("2*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
@@ -176,6 +177,20 @@ def test_a_killed_process_loses_no_checkpoint_and_resumes(make_config: MakeConfi
     assert state(folder)["global_step"] == step + 2
     # the schedule of the killed run was that of a longer one, so only its own steps can be compared
     assert sorted(metrics(folder)) == list(range(1, step + 3))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(make_config: MakeConfig, unbroken: Path) -> None:
+    config = make_config()
+    config.trainer.devices, config.trainer.strategy = 2, "ddp"
+    subprocess.run(command(config), env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    (folder,) = Path(config.paths.output_root, "tiny").glob("2*")
+    together, alone = metrics(folder), metrics(unbroken)
+    assert together.keys() == alone.keys()
+    for step in alone:
+        assert together[step] == pytest.approx(alone[step], rel=1e-3)
+    # whoever has the checkpoint needs no second process
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt").step == 6
 
 
 def test_a_run_leaves_all_that_is_needed_to_use_it(make_config: MakeConfig, unbroken: Path, tiny: Path) -> None:
