@@ -20,6 +20,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+def outputs_and_gradients(model, x):
+    model.zero_grad()
+    out = model(x)
+    out.float().square().sum().backward()
+    return out.detach(), {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
+
+
 @pytest.mark.parametrize("rule", ScaleRule)
 def test_compiled_in_one_graph_it_follows_toggle_and_autocast(tiny, ids, rule):
     config = QuantConfig(bits=3, scale=rule, granularity=Granularity.per_group, group_size=32, lm_head=True)
@@ -29,10 +36,15 @@ def test_compiled_in_one_graph_it_follows_toggle_and_autocast(tiny, ids, rule):
         set_fake_quant(model, enabled)
         for bfloat16 in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                got, expected, stock = compiled(ids), model(ids), tiny(True)(ids)
+                stock = tiny(True)(ids)
+                expected, wanted = outputs_and_gradients(model, ids)
+                got, gradients = outputs_and_gradients(compiled, ids)
             assert got.dtype is expected.dtype
             assert torch.equal(got, expected), (enabled, bfloat16)
             assert torch.equal(got, stock) is not enabled
+            for name, gradient in gradients.items():
+                assert torch.equal(gradient, wanted[name]), (enabled, bfloat16, name)
+                assert gradient.any() or (name.endswith("log2_scale") and not enabled)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +54,10 @@ def test_inductor_agrees_on_a_ragged_last_group(device):
     config = QuantConfig(scale=ScaleRule.learned, granularity=Granularity.per_group, group_size=32)
     layer = prepare(nn.Linear(63, 129, device=device), config)
     x = torch.randn(5, 63, device=device)
-    results = []
-    for run in (layer, torch.compile(layer, fullgraph=True)):
-        layer.zero_grad()
-        out = run(x)
-        out.square().sum().backward()
-        results.append([out.detach()] + [parameter.grad for parameter in layer.parameters()])
-    for eager, compiled in zip(*results, strict=True):
-        assert (eager - compiled).norm() <= 1e-5 * eager.norm()
+    expected, wanted = outputs_and_gradients(layer, x)
+    got, gradients = outputs_and_gradients(torch.compile(layer, fullgraph=True), x)
+    for one, other in [(expected, got)] + [(wanted[name], gradients[name]) for name in wanted]:
+        assert (one - other).norm() <= 1e-5 * one.norm()
 
 
 def test_a_hugging_face_model_generates_the_same_tokens_after_convert():
