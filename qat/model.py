@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
@@ -103,16 +104,19 @@ def _call(function: Callable[..., Any], path: str | Path, source: str | None, **
     """`function(source, ...)` of transformers, its errors told as the user's, its warnings and bars held back."""
     from safetensors import SafetensorError
 
-    level = hf_logging.get_verbosity()
+    levels = hf_logging.get_verbosity(), hub_logging.get_verbosity()
     hf_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         return function(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"cannot load {path}: {reason}") from error
+        where = "" if Path(path).expanduser().is_dir() else " (which is no folder here) from the hub"
+        raise UserError(f"cannot load {path}{where}: {reason}") from error
     finally:
-        hf_logging.set_verbosity(level)
+        hf_logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
         hf_logging.enable_progress_bar()
 
 
