@@ -18,10 +18,10 @@ import torch
 from rans_kernels.checkpoint import read_config
 from rans_kernels.dense import Int8Embedding
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat.checkpoint import load_fake_quant
+from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import entry_point
 from qat.config import EvalConfig, QuantConfig, from_plain, to_plain
 from qat.data import load_tokens, windows
@@ -59,13 +59,14 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     output = output_folder(config.output)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    references = _references(config, dtype)
+    folder = read_config(Path(config.compressed))
+    _check_context(config, folder.get("max_position_embeddings"))
+    references = _references(config, folder["quantization_config"].get("quant"), dtype)
     prompts, text, text_tokens = _held_out(config, load_tokenizer(config.compressed))
     seconds: dict[str, float] = {}
     with progress_bar() as progress:
         with _timed(seconds, "load compressed"):
             compressed = rans_kernels.load(config.compressed, device=device, dtype=dtype)
-        _check_context(config, compressed)
         with _timed(seconds, "generate compressed"):
             generated, _ = _generate("compressed", compressed, prompts, config, progress)
         pairs = {}
@@ -99,14 +100,17 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     return report
 
 
-def _references(config: EvalConfig, dtype: torch.dtype) -> dict[str, Callable[[], PreTrainedModel]]:
-    """The models to compare with, each loaded when its turn comes."""
+def _references(config: EvalConfig, quant: Any, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """The models to compare with, each loaded when its turn comes; `quant` is how the folder was quantised."""
     if config.base is None and config.checkpoint is None:
         raise UserError("nothing to compare with: give base=... (the unquantised model), checkpoint=... or both")
-    quant = read_config(Path(config.compressed))["quantization_config"].get("quant")
     base, checkpoint = config.base, config.checkpoint
-    references: dict[str, Callable[[], PreTrainedModel]] = {}
+    references: dict[str, Callable[[], Any]] = {}
+    # a wrong path shows now, not after the first model has generated
+    if base is not None:
+        load_tokenizer(base)
     if checkpoint is not None:
+        read_checkpoint(checkpoint)
         references["fake_quant"] = lambda: _in_dtype(load_fake_quant(checkpoint), dtype)
     elif quant is not None:
         references["fake_quant"] = lambda: _in_dtype(_prepared(base, from_plain(QuantConfig, quant)), dtype)
@@ -115,16 +119,15 @@ def _references(config: EvalConfig, dtype: torch.dtype) -> dict[str, Callable[[]
     return references
 
 
-def _prepared(base: Any, quant: QuantConfig) -> PreTrainedModel:
-    model: Any = prepare(load_model(base), quant)
-    return model.eval()
+def _prepared(base: Any, quant: QuantConfig) -> nn.Module:
+    return prepare(load_model(base), quant).eval()
 
 
-def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A fake-quant model in float32, its arithmetic moved to `dtype` without touching its integers and scales."""
     if dtype == torch.float32:
         return model
-    converted: Any = convert(model)
+    converted = convert(model)
     for parameter in converted.parameters():
         parameter.data = parameter.data.to(dtype)
     for module in converted.modules():
@@ -160,8 +163,7 @@ def _held_out(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[T
     return torch.from_numpy(prompts), torch.stack(text), len(tokens)
 
 
-def _check_context(config: EvalConfig, model: PreTrainedModel) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
+def _check_context(config: EvalConfig, context: int | None) -> None:
     if context is None:
         return
     if config.prompt_tokens + config.new_tokens > context:

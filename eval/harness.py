@@ -40,8 +40,9 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 class CodecLM(HFLM):
     """A compressed folder as lm-eval's kind of model; takes HFLM's arguments."""
 
-    def _create_model(self, pretrained: str, dtype: str | torch.dtype | None = "auto", **kwargs: Any) -> None:
-        dtype = None if dtype == "auto" else DTYPES.get(dtype, dtype)
+    def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
+        stored = dtype is None or dtype == "auto"
+        dtype = None if stored else DTYPES.get(dtype, dtype)
         self._model = rans_kernels.load(pretrained, device=self.device, dtype=dtype)
 
 
@@ -164,8 +165,8 @@ def _evaluate(
     options: dict[str, Any] = {"batch_size": config.batch_size, "device": str(device)}
     if name == "base":
         assert config.base is not None
-        model = load_model(config.base, dtype).to(device)
-        lm = HFLM(pretrained=model, tokenizer=load_tokenizer(config.base), **options)
+        model: Any = load_model(config.base, dtype)
+        lm = HFLM(pretrained=model.to(device), tokenizer=load_tokenizer(config.base), **options)
     else:
         lm = CodecLM(pretrained=config.compressed, dtype=dtype, **options)
     return lm_eval.simple_evaluate(
@@ -266,7 +267,7 @@ def _offline(enabled: bool) -> Iterator[None]:
         return
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     # both libraries read the environment once, when they are imported
-    constants = (huggingface_hub.constants, datasets.config)
+    constants: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
     environment = {name: os.environ.get(name) for name in names}
     before = [module.HF_HUB_OFFLINE for module in constants]
     os.environ.update(dict.fromkeys(names, "1"))

@@ -42,10 +42,10 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         log_q: of the other model, same shape.
 
     Returns:
-        [...], at least 0; inf where q rules out what p allows.
+        [...], at least 0; inf where q rules out what p allows, nan where either is nan.
     """
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0)
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
 def expected_agreement(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -172,7 +172,6 @@ class LogitComparison:
 
     def __init__(self) -> None:
         self._scores: dict[str, list[Tensor]] = {}
-        self._equal, self._difference = True, 0.0
 
     def update(self, p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> None:
         """Add the tokens of one window.
@@ -182,10 +181,6 @@ class LogitComparison:
             q_logits: of the other model, float [T, V].
             targets: int64 [T], the tokens that follow.
         """
-        if not torch.equal(p_logits, q_logits):
-            self._equal = False
-            difference = (p_logits.double() - q_logits.double()).abs().nan_to_num(nan=0.0, posinf=math.inf)
-            self._difference = max(self._difference, difference.max().item())
         log_p, log_q = log_probabilities(p_logits), log_probabilities(q_logits)
         nll_p, nll_q = negative_log_likelihood(log_p, targets), negative_log_likelihood(log_q, targets)
         scores = {
@@ -195,6 +190,9 @@ class LogitComparison:
             "ear": expected_agreement(log_p, log_q),
             "delta_p": (-nll_q).exp() - (-nll_p).exp(),
             "same_top": same_top(p_logits, q_logits),
+            # equal infinities do not differ
+            "difference": torch.where(p_logits == q_logits, 0.0, (p_logits.float() - q_logits.float()).abs()).amax(-1),
+            "equal": torch.tensor([torch.equal(p_logits, q_logits)]),
         }
         for name, values in scores.items():
             self._scores.setdefault(name, []).append(values.cpu())
@@ -218,8 +216,8 @@ class LogitComparison:
         ratio, ratio_error = perplexity_ratio(nll_p, nll_q)
         return {
             "tokens": len(nll_p),
-            "bit_equal": self._equal,
-            "max_abs_difference": self._difference,
+            "bit_equal": scores["equal"].all().item(),
+            "max_abs_difference": scores["difference"].max().item(),
             "same_top": same,
             "same_top_error": same_error,
             "kl": describe(scores["kl"]),

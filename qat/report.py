@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -136,7 +136,7 @@ def log_to_wandb(
     output: Path,
     job: str,
     summary: dict[str, Any],
-    tables: dict[str, tuple[Sequence[str], Iterable[Sequence[Any]]]],
+    tables: Mapping[str, tuple[Sequence[str], Iterable[Sequence[Any]]]],
     images: dict[str, Path] | None = None,
 ) -> None:
     """Log one finished evaluation to W&B as a run of its own; does nothing, and imports nothing, when disabled.

@@ -6,8 +6,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qat.config import EvalConfig, ExportConfig, LoggerConfig, LoggerMode, PathsConfig, QuantConfig
+from qat.config import (
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    LoggerConfig,
+    LoggerMode,
+    ModelConfig,
+    OptimConfig,
+    PathsConfig,
+    QuantConfig,
+    ScaleRule,
+    TrainConfig,
+    TrainerConfig,
+)
 from qat.export import export
+from qat.lit.build import train
 
 EOS = "<|endoftext|>"
 TEXT = "".join(f"the {n % 7} quick foxes jump over {n * n % 31} lazy dogs, and then they rest.\n" for n in range(150))
@@ -47,6 +61,30 @@ def compressed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def other_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("other"), vocab=310)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two steps of training with learned scales and quantised embeddings."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "valid.txt").write_text(TEXT[::-1])
+    run = train(
+        TrainConfig(
+            name="tiny",
+            model=ModelConfig(path=str(base)),
+            data=DataConfig(
+                train=str(folder / "train.txt"), valid=str(folder / "valid.txt"), seq_len=33, batch_size=2,
+                micro_batch_size=2, valid_windows=2,
+            ),
+            quant=QuantConfig(bits=4, scale=ScaleRule.learned, embeddings=True),
+            optim=OptimConfig(lr=1e-2, scale_lr=1e-2, warmup_steps=1),
+            trainer=TrainerConfig(max_steps=2, accelerator="cpu", devices=1, progress_bar=False),
+            logger=LoggerConfig(mode=LoggerMode.disabled),
+            paths=PathsConfig(output_root=str(folder / "outputs"), cache=str(folder / "cache")),
+        )
+    )  # fmt: skip
+    return run / "checkpoints" / "last.ckpt"
 
 
 @pytest.fixture

@@ -6,12 +6,10 @@ import pytest
 import rans_kernels
 import torch
 
-from eval import consistency as module
 from eval.consistency import consistency
-from qat.config import EvalConfig, QuantConfig
+from qat.config import EvalConfig, ExportConfig
 from qat.errors import UserError
-from qat.model import load_model
-from qat.quant import prepare
+from qat.export import export
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -59,18 +57,16 @@ def test_one_altered_scale_fails(
     assert "FAIL fake-quant vs compressed" in capsys.readouterr().out
 
 
-def test_a_checkpoint_alone_is_compared_without_a_base(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = config.base
-    asked = []
-
-    def load_fake_quant(path: str) -> torch.nn.Module:
-        asked.append(path)
-        return prepare(load_model(source), QuantConfig(bits=5, embeddings=True)).eval()
-
-    monkeypatch.setattr(module, "load_fake_quant", load_fake_quant)
-    config.base, config.checkpoint = None, "run/checkpoints/last.ckpt"
+def test_a_trained_checkpoint_is_what_was_exported_from_it(
+    config: EvalConfig, checkpoint: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported"
+    export(ExportConfig(source=str(checkpoint), output=str(exported), progress_bar=False))
+    config.base, config.checkpoint = None, str(checkpoint)
+    # a folder made from something else
+    assert consistency(config)["passed"] is False
+    config.compressed = str(exported)
     report = consistency(config)
-    assert asked == ["run/checkpoints/last.ckpt"]
     assert report["passed"]
     assert "base" not in report
 
@@ -80,8 +76,9 @@ def test_a_checkpoint_alone_is_compared_without_a_base(config: EvalConfig, monke
     [
         ({"base": None}, "base=.*checkpoint="),
         ({"text": None}, "text="),
+        ({"base": "./nowhere"}, "no model at ./nowhere"),
+        ({"checkpoint": "./last.ckpt"}, "no checkpoint at last.ckpt"),
         ({"prompts": 1000}, "tokens, and 1000 prompts of 9 need 9,000"),
-        ({"seq_len": 100_000}, "tokens, and one window of seq_len=100000 needs 100,001"),
         ({"seq_len": 200}, "seq_len=200 does not fit the model's context of 128"),
         ({"new_tokens": 120}, "prompt_tokens=9 and new_tokens=120 do not fit .* 128"),
         ({"windows": 0}, "windows=0"),
@@ -99,6 +96,13 @@ def test_a_mistake_is_named_in_one_line_and_leaves_no_report(
         consistency(config)
     assert "\n" not in str(error.value)
     assert not list(Path(config.output).glob("*.json"))
+
+
+def test_a_text_shorter_than_a_window_is_told_its_length(config: EvalConfig, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the dogs rest. " * 3)
+    config.text, config.prompts, config.prompt_tokens = str(tmp_path / "short.txt"), 1, 2
+    with pytest.raises(UserError, match=r"the text has \d+ tokens, and one window of seq_len=63 needs 64"):
+        consistency(config)
 
 
 def test_models_of_two_vocabularies_are_refused(config: EvalConfig, other_vocabulary: Path) -> None:

@@ -166,6 +166,21 @@ def test_one_last_bit_of_one_logit_is_seen(dtype: torch.dtype) -> None:
     assert summary["max_abs_difference"] == (q - p).abs().max().item() > 0
 
 
+def test_a_model_that_computes_nan_is_not_taken_for_a_good_one() -> None:
+    p, targets = logits(5, 63), torch.arange(5)
+    p[:, 7] = -math.inf
+    q = p.clone()
+    comparison = LogitComparison()
+    comparison.update(p, q, targets)
+    assert comparison.summary()["max_abs_difference"] == 0
+    q[3, 2] = math.nan
+    comparison.update(p, q, targets)
+    summary = comparison.summary()
+    assert not summary["bit_equal"]
+    found = [summary["max_abs_difference"], summary["kl"]["max"], summary["perplexity"]["ratio"]]
+    assert all(math.isnan(value) for value in found)
+
+
 def test_a_better_model_has_a_ratio_below_one_and_a_positive_delta_p() -> None:
     p, targets = logits(257, 63), torch.arange(257) % 63
     q = p + 0.5 * torch.nn.functional.one_hot(targets, 63)

@@ -27,7 +27,7 @@ LOCAL = sorted(path.stem for path in TASKS.glob("*.yaml"))
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     files = {
-        **dict.fromkeys(["arc_easy", "arc_challenge", "piqa", "hellaswag", "commonsense_qa"], CHOICES),
+        **dict.fromkeys(["arc_easy", "arc_challenge", "piqa", "hellaswag", "commonsense_qa", "continuation"], CHOICES),
         "lambada_openai": LAST_WORDS,
         "text": TEXTS,
     }
@@ -85,6 +85,7 @@ def check_prompts(output: Path) -> None:
         assert asked(task) == [["Question: 0 foxes and\nAnswer:", answer] for answer in answers]
     for task in ("hellaswag_local", "commonsense_qa_local"):
         assert asked(task) == [["Question: 0 foxes and", answer] for answer in answers]
+    assert asked("continuation_local") == [["Question: 0 foxes and\n", answer.strip()] for answer in answers]
     assert asked("lambada_local") == [["the 0 quick foxes", " jump over"]]
     assert asked("text_perplexity") == [[TEXTS[0]["text"]]]
 
