@@ -1,8 +1,9 @@
 """Gate, then time the codec on this CPU: `python -m benchmarks.codec`. Writes benchmarks/results/codec-cpu.json.
 
-Layers: 4096 x 4096 Gaussian weights of 3, 4, 5 and 7 bits, in every profile and for each number of coded bits. Baseline of the same
-run: zlib level 1 on the same bytes, on as many threads. Export: a Llama of TinyLlama's shape with random weights, verification
-included, in a process of its own whose peak memory is measured. No figure is written if a decoded weight differs.
+Layers: 4096 x 4096 Gaussian weights of 3, 4, 5 and 7 bits, in every profile and for each number of coded bits.
+Baseline of the same run: zlib level 1 on the same bytes, on as many threads. Export: a Llama of TinyLlama's shape
+with random weights, verification included, in a process of its own whose peak memory is measured. No figure is
+written if a decoded weight differs.
 """
 
 import argparse
@@ -78,7 +79,8 @@ def bench_zlib(w: np.ndarray) -> dict[str, Any]:
     h = entropy(weight_histogram(w))
     bits = 8 * sum(map(len, packed)) / w.size
     return {
-        "split": "zlib-1", "lanes": None, "entropy": round(h, 4), "bits": round(bits, 4), "over_entropy": round(bits - h, 4),
+        "split": "zlib-1", "lanes": None,
+        "entropy": round(h, 4), "bits": round(bits, 4), "over_entropy": round(bits - h, 4),
         "encode_Mw_s": round(w.size / encode / 1e6, 1), "decode_Mw_s": round(w.size / decode / 1e6, 1),
     }  # fmt: skip
 
@@ -90,7 +92,7 @@ def bench_layers() -> list[dict[str, Any]]:
         w = gaussian(bits)
         counts = weight_histogram(w)
         for profile in ("compact", "auto", "fast"):
-            layout = TileLayout(w.shape, choose_split(counts, profile), choose_lanes(profile))  # type: ignore[arg-type]
+            layout = TileLayout(w.shape, choose_split(counts, profile), choose_lanes(profile))
             rows.append({"profile": profile, **bench_layout(w, layout)})
         low, high = int(w.min()), int(w.max())
         for coded in (8, 4, 2, 1):
@@ -119,9 +121,8 @@ def export_tinyllama(folder: Path) -> None:
     from qat.export import export
 
     begin = time.perf_counter()
-    output = export(
-        ExportConfig(source=str(folder / "model"), output=str(folder / "compressed"), progress_bar=False, overwrite=True)
-    )
+    source, target = str(folder / "model"), str(folder / "compressed")
+    output = export(ExportConfig(source=source, output=target, progress_bar=False))
     seconds = time.perf_counter() - begin
     summary = json.loads((output / "export_report.json").read_text())["summary"]
     # on Linux in KiB; pages of the memory-mapped source count too

@@ -1,7 +1,7 @@
 """Export: integers of a trained or plain checkpoint, coded tile by tile into a Hugging Face folder.
 
-Works layer by layer: a weight is read (memory-mapped), rounded, coded, decoded again and compared, and handed to the writer, so
-that memory holds one layer and one shard. The folder appears under its name only when complete.
+Works layer by layer: a weight is read (memory-mapped), rounded, coded, decoded again and compared, and handed to the
+writer, so that memory holds one layer and one shard. The folder appears under its name only when complete.
 """
 
 import shutil
@@ -151,7 +151,8 @@ def plan_modules(hf_config: Any, quant: QuantConfig) -> tuple[dict[str, nn.Modul
     modules: dict[str, nn.Module] = {}
     owner: dict[int, str] = {}
     tied: dict[str, str] = {}
-    for name, module in sorted(quantized_modules(model).items(), key=lambda item: not isinstance(item[1], QATEmbedding)):
+    embeddings_first = sorted(quantized_modules(model).items(), key=lambda item: not isinstance(item[1], QATEmbedding))
+    for name, module in embeddings_first:
         first = owner.setdefault(id(module.weight), name)
         if first == name:
             modules[name] = module
@@ -182,7 +183,7 @@ def export_layer(
     profile = config.profile.value
     split = choose_split(counts, profile)
     lanes = config.lanes or choose_lanes(profile)
-    layout = TileLayout(weights.shape, split, lanes, config.probability_bits)  # type: ignore[arg-type]
+    layout = TileLayout((q.shape[0], q.shape[1]), split, lanes, config.probability_bits)
     encoded = encode_tiles(weights, layout, config.workers)
     verify(name, weights, encoded, config.workers)
     _, group_size = grid(source.quant)
@@ -272,8 +273,9 @@ def print_report(output: Path, summary: dict[str, Any], report: list[dict[str, A
     columns = ("name", "shape", "entropy", "bits", "split", "lanes", "clipped")
     shown = coded if len(coded) <= 24 else [*coded[:12], *coded[-12:]]
     print_table(f"{len(coded)} compressed layers", columns, [[row[c] for c in columns] for row in shown])
+    smaller = summary["fp16_bytes"] / summary["model_bytes"]
     print(
-        f"{output}: {summary['bits']:.3f} bits a weight over an entropy of {summary['entropy']:.3f}, every tile verified; "
-        f"{summary['model_bytes'] / 1e6:.1f} MB in all, {summary['fp16_bytes'] / summary['model_bytes']:.2f}x smaller "
+        f"{output}: {summary['bits']:.3f} bits a weight over an entropy of {summary['entropy']:.3f}, every tile "
+        f"verified; {summary['model_bytes'] / 1e6:.1f} MB in all, {smaller:.2f}x smaller "
         f"than FP16, in {summary['seconds']:.1f} s"
     )

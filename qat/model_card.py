@@ -13,7 +13,8 @@ def model_card(base: str, summary: dict[str, Any], config: dict[str, Any]) -> st
     """
     quant = config["quantization_config"]["quant"]
     # a path of somebody's machine is no model on the hub
-    hub = f"base_model: {base}\nbase_model_relation: quantized\n" if base.count("/") == 1 and base[0] not in "./~" else ""
+    on_hub = base.count("/") == 1 and base[0] not in "./~"
+    hub = f"base_model: {base}\nbase_model_relation: quantized\n" if on_hub else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -21,8 +22,8 @@ pipeline_tag: text-generation
 ---
 # {base.rstrip("/").rpartition("/")[2]}, compressed by codecllm
 
-INT8 weights ({quant["granularity"]}, {quant["scale"]} scales), rANS-coded in tiles. Load it with `import rans_kernels` first;
-without it transformers does not know the format.
+INT8 weights ({quant["granularity"]}, {quant["scale"]} scales), rANS-coded in tiles. Import `rans_kernels` before
+loading: without it transformers does not know the format.
 
 ```python
 import rans_kernels

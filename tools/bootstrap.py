@@ -1,8 +1,9 @@
 """Make the private virtual environment: `python tools/bootstrap.py .venv`. Standard library only.
 
-torch comes first, because a plain `pip install torch` on Linux brings several gigabytes of CUDA libraries that a machine
-without a GPU has no use for. Where there is no GPU the CPU build is taken from, in this order: what pip is already
-configured with, then uv, which knows where PyTorch publishes its builds. Where both fail the plain package works too.
+torch comes first, because a plain `pip install torch` on Linux brings several gigabytes of CUDA libraries that a
+machine without a GPU has no use for. Where there is no GPU the CPU build is taken from, in this order: what pip is
+already configured with, then uv, which knows where PyTorch publishes its builds. Where both fail the plain package
+works too.
 """
 
 import platform

@@ -1,4 +1,4 @@
-"""The folder on disk: a Hugging Face folder whose config.json says how each weight is coded. Written atomically, verified.
+"""The folder on disk, written atomically and verified: a Hugging Face folder whose config.json says how it is coded.
 
 config.json                     the model's own, and `quantization_config` (docs/format.md)
 model-0000i-of-0000n.safetensors, model.safetensors.index.json
@@ -195,7 +195,8 @@ class FolderWriter:
         """Name the shards, write index and config.json, and move the folder into place."""
         if self._pending or not self._shards:
             self._flush()
-        total, index = len(self._shards), {}
+        total = len(self._shards)
+        index: dict[str, str] = {}
         for i, (path, names) in enumerate(self._shards):
             single = total == 1
             name = "model.safetensors" if single else f"model-{i + 1:05d}-of-{total:05d}.safetensors"

@@ -1,8 +1,8 @@
 """Plain INT8 weights: the arithmetic that every path of the project agrees on, and the dense modules built on it.
 
-The weight a layer computes with is `dequantize(q, scale, dtype)`: float32 product of integer and scale, then one cast.
-The fake-quant training forward, the converted dense model and the CPU path of the compressed model all call this function,
-so that on one backend they agree to the bit.
+The weight a layer computes with is `dequantize(q, scale, dtype)`: float32 product of integer and scale, then one
+cast. The fake-quant training forward, the converted dense model and the CPU path of the compressed model all call
+this function, so that on one backend they agree to the bit.
 """
 
 import torch

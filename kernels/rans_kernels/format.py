@@ -1,9 +1,10 @@
-"""The one definition of the tile format, version 1. docs/format.md specifies it in prose; this module needs numpy alone.
+"""The one definition of the tile format, version 1; needs numpy alone. docs/format.md specifies it in prose.
 
-A weight matrix [N, K] of integers is cut into 256x256 tiles. A tile is cut into *groups* of 32 lanes (a warp), a group into
-*units* of 16 rows x 32 columns, so that a lane's 16 weights of a unit are the A operand of two m16n8k16 MMAs. Units that lie
-wholly outside the matrix are not stored. A weight has `coded_bits` (C) coded and `raw_bits` (R) verbatim bits; a symbol, one
-byte, holds the coded bits of 8 / C weights. Each lane owns one rANS stream: 32-bit state, 16-bit words.
+A weight matrix [N, K] of integers is cut into 256x256 tiles. A tile is cut into *groups* of 32 lanes (a warp), a
+group into *units* of 16 rows x 32 columns, so that a lane's 16 weights of a unit are the A operand of two m16n8k16
+MMAs. Units that lie wholly outside the matrix are not stored. A weight has `coded_bits` (C) coded and `raw_bits` (R)
+verbatim bits; a symbol, one byte, holds the coded bits of 8 / C weights. Each lane owns one rANS stream: 32-bit
+state, 16-bit words.
 """
 
 import zlib
@@ -153,7 +154,7 @@ class TileLayout:
 
     @cached_property
     def head_rows(self) -> NDArray[np.int64]:
-        """Rows of states and raw plane, which the words of a group follow: [tiles * groups]; 0 where nothing is stored."""
+        """Rows of states and raw plane, before the words of a group: [tiles * groups]; 0 where nothing is stored."""
         grid_n, grid_k = self.tile_grid
         if not self.tiles:
             return np.zeros(0, np.int64)
@@ -239,9 +240,9 @@ def lane_positions() -> NDArray[np.int32]:
 def raw_fields(raw_bits: int) -> list[tuple[int, int, NDArray[np.int32], NDArray[np.int32]]]:
     """Where the raw bits of a pair of units stand in a lane's `raw_bits` words of 32 bits.
 
-    The raw bits are cut, lowest first, into fields of 4, 2 and 1 bits (those that add up to `raw_bits`). With h the unit of the
-    pair and weight 4 j + i: 4-bit fields lie in word 2 h + j // 2 at bit 8 i + 4 (j % 2), 2-bit fields in the next two words,
-    word h, at bit 8 i + 2 j, 1-bit fields in the last word at bit 8 i + 4 h + j.
+    The raw bits are cut, lowest first, into fields of 4, 2 and 1 bits (those that add up to `raw_bits`). With h the
+    unit of the pair and weight 4 j + i: 4-bit fields lie in word 2 h + j // 2 at bit 8 i + 4 (j % 2), 2-bit fields in
+    the next two words, word h, at bit 8 i + 2 j, 1-bit fields in the last word at bit 8 i + 4 h + j.
 
     Returns:
         For each width: (shift in the raw bits, width, word [2, 16], bit [2, 16]).
@@ -261,4 +262,4 @@ def raw_fields(raw_bits: int) -> list[tuple[int, int, NDArray[np.int32], NDArray
 
 def crc32(array: NDArray[Any]) -> int:
     """CRC-32 (zlib) of an array's bytes."""
-    return zlib.crc32(memoryview(np.ascontiguousarray(array)).cast("B"))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

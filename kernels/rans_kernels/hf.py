@@ -1,7 +1,7 @@
 """Hugging Face integration: the quantizer that lets `from_pretrained` read compressed folders.
 
-Before the weights are loaded, the linear layers and embeddings that config.json lists are replaced by modules whose buffers have
-the names and shapes of the stored tensors; transformers then loads them like any others.
+Before the weights are loaded, the linear layers and embeddings that config.json lists are replaced by modules whose
+buffers have the names and shapes of the stored tensors; transformers then loads them like any others.
 """
 
 from pathlib import Path
@@ -15,7 +15,16 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rans_kernels.checkpoint import BUFFERS, QUANT_METHOD, LayerEntry, check_buffers, open_shard, parse_layers, read_config, shard_of
+from rans_kernels.checkpoint import (
+    BUFFERS,
+    QUANT_METHOD,
+    LayerEntry,
+    check_buffers,
+    open_shard,
+    parse_layers,
+    read_config,
+    shard_of,
+)
 from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedEmbedding, CompressedLinear, CompressedWeight, TiedLinear
 
@@ -38,6 +47,11 @@ class CodecConfig(QuantizationConfigMixin):
         """Entry of every compressed module."""
         return parse_layers(self.to_dict())
 
+    @property
+    def tied_heads(self) -> dict[str, str]:
+        """Linear modules without a weight of their own, and the embedding whose weight they share."""
+        return self.to_dict().get("tied", {})
+
 
 @register_quantizer(QUANT_METHOD)
 class CodecQuantizer(HfQuantizer):
@@ -45,15 +59,19 @@ class CodecQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def __init__(self, quantization_config: Any, **kwargs: Any):
+    def __init__(self, quantization_config: CodecConfig, **kwargs: Any):
         """Args: quantization_config: of the folder. kwargs: as HfQuantizer."""
         super().__init__(quantization_config, **kwargs)
-        self.layers: dict[str, LayerEntry] = quantization_config.layers_parsed
+        self.layers = quantization_config.layers_parsed
+        self.tied = quantization_config.tied_heads
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for name, entry in self.layers.items():
             replace_module(model, name, module_for(entry))
-        for head, source in self.quantization_config.tied.items():
+        for head, source in self.tied.items():
+            embedding = self.layers.get(source)
+            if embedding is None or embedding.kind != "embedding":
+                raise FormatError(f"{head} is tied to {source}, which is no compressed embedding")
             replace_module(model, head, TiedLinear(model.get_submodule(source)))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -96,8 +114,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         old = model.get_submodule(name)
     except AttributeError as error:
         raise FormatError(f"config.json lists {name}, which a {type(model).__name__} does not have") from error
-    if isinstance(new, CompressedWeight) and tuple(old.weight.shape) != new.layout.shape:
-        raise FormatError(f"{name} is listed with shape {new.layout.shape}, the model has {tuple(old.weight.shape)}")
+    shape = tuple(getattr(old.weight, "shape", ()))
+    if isinstance(new, CompressedWeight) and shape != new.layout.shape:
+        raise FormatError(f"{name} is listed with shape {new.layout.shape}, the model has {shape}")
     setattr(model.get_submodule(parent), child, new)
 
 
@@ -121,13 +140,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         with open_shard(shard):
             pass
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{folder} does not load: {str(error).splitlines()[0]}") from error
+    model, info = loaded
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         raise FormatError(f"the weights of {folder} do not fit its config.json: {problems}")

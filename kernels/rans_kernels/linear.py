@@ -1,7 +1,8 @@
 """Modules whose weights stay compressed: CompressedLinear, CompressedEmbedding, and a head tied to the embedding.
 
-On a GPU a linear layer multiplies straight from its streams. On the CPU, and for look-ups, weights are decoded once to INT8 and
-kept; what is computed with them is `dense.dequantize`, to the bit what the fake-quant training forward computes.
+On a GPU a linear layer multiplies straight from its streams. On the CPU, and for look-ups, weights are decoded once
+to INT8 and kept; what is computed with them is `dense.dequantize`, to the bit what the fake-quant training forward
+computes.
 """
 
 import torch
@@ -43,7 +44,7 @@ class CompressedWeight(nn.Module):
         self._table: Tensor | None = None
         self._int8: Tensor | None = None
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         self._table = self._int8 = None
         return super()._apply(fn, recurse)
 
@@ -144,9 +145,12 @@ class CompressedEmbedding(CompressedWeight):
 class TiedLinear(nn.Module):
     """Output head that shares the compressed weight of the embedding."""
 
-    def __init__(self, embedding: CompressedEmbedding):
-        """Args: embedding: holds the weight; it stays out of this module's state."""
+    def __init__(self, embedding: nn.Module):
+        """Args: embedding: the CompressedEmbedding that holds the weight; it stays out of this module's state."""
         super().__init__()
+        if not isinstance(embedding, CompressedEmbedding):
+            raise TypeError(f"a head is tied to a CompressedEmbedding, not to a {type(embedding).__name__}")
+        # in a tuple, lest it becomes a submodule
         self._embedding = (embedding,)
 
     def forward(self, x: Tensor) -> Tensor:

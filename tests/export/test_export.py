@@ -1,4 +1,5 @@
-"""What export writes loads to the same logits as the fake-quantised model, for every setting; a failure leaves nothing."""
+"""What export writes loads to the same logits as the fake-quantised model, for every setting; a failure leaves
+nothing."""
 
 import json
 import os

@@ -13,6 +13,8 @@ from rans_kernels.format import FormatError
 from qat.config import ExportConfig, Profile, QuantConfig
 from qat.export import export
 
+LAYER = "model.layers.0.mlp.up_proj"
+
 
 @pytest.fixture(scope="session")
 def exported(tiny_llama, tmp_path_factory):
@@ -54,11 +56,11 @@ def lose_shard(folder):
 
 
 def lose_layer(folder):
-    edit_config(folder, lambda q: q["layers"].pop("model.layers.0.mlp.up_proj"))
+    edit_config(folder, lambda q: q["layers"].pop(LAYER))
 
 
 def foreign_layer(folder):
-    edit_config(folder, lambda q: q["layers"].update(x=q["layers"]["model.layers.0.mlp.up_proj"]))
+    edit_config(folder, lambda q: q["layers"].update(x=q["layers"][LAYER]))
 
 
 DAMAGE = {
@@ -68,11 +70,12 @@ DAMAGE = {
     "not compressed": (lambda f: (f / "config.json").write_text("{}"), "no quantization_config"),
     "other method": (lambda f: edit_config(f, lambda q: q.update(quant_method="gptq")), "not a codecllm folder"),
     "newer version": (lambda f: edit_config(f, lambda q: q.update(format_version=2)), "format_version is 2"),
-    "entry damaged": (lambda f: edit_config(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].pop("lanes")), "lanes"),
+    "entry damaged": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].pop("lanes")), "lanes"),
     "shape altered": (
-        lambda f: edit_config(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(shape=[80, 49])),
+        lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(shape=[80, 49])),
         "listed with shape",
     ),
+    "tied to nothing": (lambda f: edit_config(f, lambda q: q["tied"].update(lm_head=LAYER)), "no compressed embedding"),
     "shard cut": (cut, "damaged or truncated"),
     "shard empty": (empty, "damaged or truncated"),
     "shard lost": (lose_shard, "lacks model-0000"),

@@ -1,4 +1,5 @@
-"""Kernel tests run under Triton's interpreter where there is no GPU; the switch must be set before triton is imported."""
+"""Kernel tests run under Triton's interpreter where there is no GPU; the switch must be set before triton is
+imported."""
 
 import os
 

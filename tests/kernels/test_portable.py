@@ -61,7 +61,9 @@ def test_slot_table_holds_the_frequencies():
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 class TestOnGpu:
     # every combination is compiled: each split once, each lane count once
-    @pytest.mark.parametrize(("split", "lanes"), [(s, 256) for s in SPLITS] + [(Split(4, 3), n) for n in LANES], ids=str)
+    @pytest.mark.parametrize(
+        ("split", "lanes"), [(split, 256) for split in SPLITS] + [(Split(4, 3), lanes) for lanes in LANES], ids=str
+    )
     def test_decode(self, split, lanes):
         w, stream, offsets, table, layout = encode((573, 801), split, lanes)
         assert torch.equal(rans_decode_triton(stream, offsets, table, layout), w)

@@ -69,7 +69,7 @@ def decode_tiles(
     )  # fmt: skip
     runs = [(t, min(t + RUN_TILES, layout.tiles)) for t in range(0, layout.tiles, RUN_TILES)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for fault, tile in pool.map(lambda run: _decode_run(*run, *args), runs):
+        for fault, tile in pool.map(lambda run: _decode_run(*run, *args), runs):  # type: ignore[call-arg]
             if fault:
                 raise FormatError(f"the stream of tile {tile} is damaged: {_FAULTS[fault]}")
     return out
@@ -133,7 +133,7 @@ def _decode_run(
                             slot = x & slot_mask
                             symbol = slot_symbol[slot]
                             x = slot_freq[slot] * (x >> probability_bits) + slot_offset[slot]
-                            # no branch, which would be mispredicted: the word is always loaded, from the guard row at worst
+                            # no branch, it would be mispredicted: a word is always loaded, the guard row's at worst
                             due = np.int64(x < STATE_LOW)
                             word = np.int64(stream16[min(next_row[lane], end_row), lane])
                             state[lane] = (x << (due << 4)) | (word & -due)

@@ -1,7 +1,7 @@
 """The encoder: tiles of a weight matrix to rANS streams, compiled by numba, parallel over runs of tiles.
 
-rANS works like a stack, so symbols are encoded last to first and words written from the back; the decoder then reads both
-forwards. See Duda, "Asymmetric numeral systems" (2013), and Giesen, "Interleaved entropy coders" (2014).
+rANS works like a stack, so symbols are encoded last to first and words written from the back; the decoder then reads
+both forwards. See Duda, "Asymmetric numeral systems" (2013), and Giesen, "Interleaved entropy coders" (2014).
 """
 
 import os
@@ -74,9 +74,9 @@ def encode_tiles(weights: NDArray[np.int8], layout: TileLayout, workers: int | N
     tables = _SplitTables(layout)
     runs = [(t, min(t + RUN_TILES, layout.tiles)) for t in range(0, layout.tiles, RUN_TILES)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        counts = sum(pool.map(lambda run: tables.count(weights, *run), runs), np.zeros(256, np.int64))
+        counts = sum(pool.map(lambda run: tables.count(weights, run), runs), np.zeros(256, np.int64))
         freqs = normalise_frequencies(counts, layout.probability_bits)
-        encoded = list(pool.map(lambda run: tables.encode(weights, *run, freqs), runs))
+        encoded = list(pool.map(lambda run: tables.encode(weights, run, freqs), runs))
     sizes = np.concatenate([np.zeros(1, np.int64), *(size for _, size in encoded)])
     offsets = np.cumsum(sizes)
     if offsets[-1] >= 2**31:
@@ -107,27 +107,27 @@ class _SplitTables:
         split = self.layout.split
         return self.layout.unit_origin, self.position, self.coded, split.coded_bits, self.layout.unit_symbols
 
-    def count(self, weights: NDArray[np.int8], begin: int, end: int) -> NDArray[np.int64]:
-        """Histogram of the symbols of tiles begin to end."""
-        return _count_symbols(weights, begin, end, self.layout.tile_grid[1], *self._symbol_args())
+    def count(self, weights: NDArray[np.int8], run: tuple[int, int]) -> NDArray[np.int64]:
+        """Histogram of the symbols of tiles run[0] to run[1]."""
+        return _count_symbols(weights, *run, self.layout.tile_grid[1], *self._symbol_args())  # type: ignore[call-arg]
 
     def encode(
-        self, weights: NDArray[np.int8], begin: int, end: int, freqs: NDArray[np.int16]
+        self, weights: NDArray[np.int8], run: tuple[int, int], freqs: NDArray[np.int16]
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Rows of tiles begin to end, [rows, 16], and the rows of every group."""
-        layout = self.layout
+        """Rows of tiles run[0] to run[1], [rows, 16], and the rows of every group."""
+        layout, (begin, end) = self.layout, run
         group_symbols = layout.units * layout.unit_symbols
         head = layout.head_rows[begin * layout.groups : end * layout.groups]
         # no symbol needs more than probability_bits; one row to spare for the store that is not counted
         words = -(-group_symbols * layout.probability_bits // 16) + 2
         out = np.empty((int(head.sum()) + len(head) * words, ROW_INTS), np.int32)
-        f = freqs.astype(np.int64)
+        f, precision = freqs.astype(np.int64), layout.probability_bits
         inverse = 1.0 / np.maximum(f, 1)
         sizes = np.empty(len(head), np.int64)
         rows = _encode_run(
             weights, begin, end, layout.tile_grid[1], *self._symbol_args(), self.raw, layout.split.raw_bits,
             self.field_shift, self.field_width, self.field_word, self.field_bit,
-            f << (32 - layout.probability_bits), cumulative(freqs)[:256], (1 << layout.probability_bits) - f, inverse, words,
+            f << (32 - precision), cumulative(freqs)[:256], (1 << precision) - f, inverse, words,
             out.view(np.uint32), out.view(np.uint16), sizes,
         )  # fmt: skip
         return out[:rows].copy(), sizes

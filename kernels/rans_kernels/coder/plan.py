@@ -1,17 +1,14 @@
 """Choosing how a layer is coded: the split of its bits and the number of lanes, for a profile."""
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rans_kernels.coder.tables import entropy
 from rans_kernels.format import SPLITS, Split
 
-Profile = Literal["compact", "fast", "auto"]
-
 WEIGHT_RATE = {8: 1.3e12, 4: 2.05e12, 2: 2.9e12, 1: 4.1e12}
-"""Weights a second that a fused kernel decodes on an H200, by coded bits: measured on the prototype (docs/design.md)."""
+"""Weights a second that a fused kernel decodes on an H200, by coded bits: measured on the prototype
+(docs/design.md)."""
 BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads."""
 AUTO_BITS = 0.1
@@ -34,7 +31,7 @@ def seconds_per_weight(split: Split, bits: float) -> float:
     return max(1 / WEIGHT_RATE[split.coded_bits], bits / 8 / BANDWIDTH)
 
 
-def choose_split(counts: NDArray[np.int64], profile: Profile) -> Split:
+def choose_split(counts: NDArray[np.int64], profile: str) -> Split:
     """The split for a layer.
 
     compact: fewest bits. fast: least time by `seconds_per_weight`, fewer bits where equal. auto: least time among those
@@ -42,7 +39,7 @@ def choose_split(counts: NDArray[np.int64], profile: Profile) -> Split:
 
     Args:
         counts: histogram of the weights from -128 to 127, [256].
-        profile: what to optimise.
+        profile: compact, fast or auto.
     """
     present = np.flatnonzero(counts) - 128
     low, high = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
@@ -56,6 +53,6 @@ def choose_split(counts: NDArray[np.int64], profile: Profile) -> Split:
     return min(bits, key=lambda s: (seconds_per_weight(s, bits[s]), bits[s]))
 
 
-def choose_lanes(profile: Profile) -> int:
-    """Streams a tile: few cost few bits (32 state bits a lane, words padded to the longest), many decode in parallel."""
+def choose_lanes(profile: str) -> int:
+    """Streams a tile: few cost few bits (states, and words padded to the longest), many decode in parallel."""
     return {"compact": 32, "auto": 64, "fast": 256}[profile]

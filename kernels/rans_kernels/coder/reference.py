@@ -1,7 +1,7 @@
 """The reference decoder: docs/format.md line by line in plain numpy, a group at a time. Slow, and meant to be read.
 
-It takes the parameters of a layer and its arrays and shares no table, no index computation and no code with the encoder or
-with the compiled decoder, which are tested against it.
+It takes the parameters of a layer and its arrays and shares no table, no index computation and no code with the
+encoder or with the compiled decoder, which are tested against it.
 """
 
 import numpy as np

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 def normalise_frequencies(counts: NDArray[np.int64], probability_bits: int) -> NDArray[np.int16]:
     """Frequencies of the shortest code among those that give every symbol that occurs at least 1.
 
-    Starts from the rounded shares and moves single slots, always the one that costs least: a slot more for symbol s saves
-    counts[s] * log2((f + 1) / f) bits, one fewer costs counts[s] * log2(f / (f - 1)).
+    Starts from the rounded shares and moves single slots, always the one that costs least: a slot more for symbol s
+    saves counts[s] * log2((f + 1) / f) bits, one fewer costs counts[s] * log2(f / (f - 1)).
 
     Args:
         counts: occurrences of each symbol, [256]; all zero gives symbol 0 every slot.
@@ -31,7 +31,7 @@ def normalise_frequencies(counts: NDArray[np.int64], probability_bits: int) -> N
         # log2(f / (f - 1)) for a slot fewer, minus log2((f + 1) / f) for one more
         return float("inf") if f + step < 1 else -counts[symbol] * np.log2((f + step) / f)
 
-    heap = [(cost(s), int(s)) for s in np.flatnonzero(counts)]
+    heap = [(cost(s), s) for s in np.flatnonzero(counts).tolist()]
     heapq.heapify(heap)
     for _ in range(abs(slots - int(freqs.sum()))):
         _, symbol = heapq.heappop(heap)

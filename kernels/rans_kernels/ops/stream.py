@@ -1,7 +1,7 @@
 """Reading a tile's streams in portable Triton: what the decode and the fused kernel share.
 
-A program handles one tile, with one element of every block for each of the tile's lanes. Only `tl` is used, so this runs on
-any GPU that Triton has a backend for, and under the interpreter.
+A program handles one tile, with one element of every block for each of the tile's lanes. Only `tl` is used, so this
+runs on any GPU that Triton has a backend for, and under the interpreter.
 """
 
 import triton
@@ -12,7 +12,8 @@ import triton.language as tl
 def open_tile(stream, offsets, tile, N, K, tiles_k, RAW: tl.constexpr, GROUPS: tl.constexpr):
     """State, raw row, word row and end of every lane of a tile, and the rows and columns its group begins at.
 
-    Rows are counted in 64 bytes, as in the file. A group outside the matrix has nothing stored: its lanes never go live.
+    Rows are counted in 64 bytes, as in the file. A group outside the matrix has nothing stored: its lanes never go
+    live.
     """
     BLOCKS: tl.constexpr = 16 // GROUPS if GROUPS < 16 else 1
     ACROSS: tl.constexpr = 8 if GROUPS < 32 else 4
@@ -35,7 +36,8 @@ def open_tile(stream, offsets, tile, N, K, tiles_k, RAW: tl.constexpr, GROUPS: t
 def next_symbol(stream, table, state, word, end, lane, live, PROBABILITY_BITS: tl.constexpr):
     """One rANS step of every live lane: state, word row and symbol.
 
-    A word beyond the group's end reads as zero, so that a damaged stream decodes to something but touches nothing outside.
+    A word beyond the group's end reads as zero, so that a damaged stream decodes to something but touches nothing
+    outside.
     """
     slot = state & ((1 << PROBABILITY_BITS) - 1)
     entry = tl.load(table + slot).to(tl.uint32, bitcast=True)

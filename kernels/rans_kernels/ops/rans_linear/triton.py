@@ -1,8 +1,8 @@
 """Portable Triton kernel: decode, dequantise and multiply in one pass, the weights never written to memory.
 
-A program decodes one tile and multiplies it with the matching 256 columns of up to BLOCK_M rows of x, in float32. Partial
-sums go to a buffer with a slice for every tile along K and are added in one fixed order: no atomics, so a result does not
-depend on scheduling.
+A program decodes one tile and multiplies it with the matching 256 columns of up to BLOCK_M rows of x, in float32.
+Partial sums go to a buffer with a slice for every tile along K and are added in one fixed order: no atomics, so a
+result does not depend on scheduling.
 """
 
 import torch
@@ -76,7 +76,7 @@ def rans_linear_kernel(
 def rans_linear_triton(
     x: Tensor, stream: Tensor, offsets: Tensor, table: Tensor, scale: Tensor, layout: TileLayout, group_size: int | None
 ) -> Tensor:
-    """x [M, K] -> float32 [M, N] on a GPU. Arguments as `rans_linear`, with the slot table in place of the frequencies."""
+    """x [M, K] -> float32 [M, N] on a GPU; arguments as `rans_linear`."""
     m, (n, k) = x.shape[0], layout.shape
     slices = layout.tile_grid[1] * (2 if layout.groups == 32 else 1)
     partial = torch.empty(slices, m, n, dtype=torch.float32, device=x.device)
