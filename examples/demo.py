@@ -160,7 +160,7 @@ def closing_table(
 ) -> dict[str, Any]:
     """The figures of the run in one place."""
     summary = export_report["summary"]
-    pair, base = consistency["fake_quant"], consistency["base"]
+    pair, base = consistency["fake_quant"], consistency["base"]["logits"]
     task = "continuation_local"
     accuracy = {name: scores[task]["acc"]["value"] for name, scores in harness["results"].items()}
     parameters = summary["parameters"]
@@ -171,9 +171,10 @@ def closing_table(
         "size compressed, MB": summary["model_bytes"] / 1e6,
         "bits a weight, all stored": summary["bits"],
         "entropy of the integers": summary["entropy"],
-        "perplexity base": base["logits"]["reference"]["perplexity"],
-        "perplexity compressed": base["logits"]["other"]["perplexity"],
-        "top-1 agreement with base": base["logits"]["same_top"],
+        "perplexity base": base["perplexity"]["reference"],
+        "perplexity compressed": base["perplexity"]["other"],
+        "mean KL to base, nats": base["kl"]["mean"],
+        "same top token as base": base["same_top"],
         "next lines right, base": accuracy["base"],
         "next lines right, compressed": accuracy["compressed"],
         "tokens compared, fake-quant": pair["generation"]["tokens"],

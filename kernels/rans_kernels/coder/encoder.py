@@ -109,7 +109,7 @@ class _SplitTables:
 
     def count(self, weights: NDArray[np.int8], run: tuple[int, int]) -> NDArray[np.int64]:
         """Histogram of the symbols of tiles run[0] to run[1]."""
-        return _count_symbols(weights, *run, self.layout.tile_grid[1], *self._symbol_args())  # type: ignore[call-arg]
+        return _count_symbols(weights, *run, self.layout.tile_grid[1], *self._symbol_args())
 
     def encode(
         self, weights: NDArray[np.int8], run: tuple[int, int], freqs: NDArray[np.int16]
@@ -124,7 +124,7 @@ class _SplitTables:
         f, precision = freqs.astype(np.int64), layout.probability_bits
         inverse = 1.0 / np.maximum(f, 1)
         sizes = np.empty(len(head), np.int64)
-        rows = _encode_run(
+        rows = _encode_run(  # type: ignore[call-arg]
             weights, begin, end, layout.tile_grid[1], *self._symbol_args(), self.raw, layout.split.raw_bits,
             self.field_shift, self.field_width, self.field_word, self.field_bit,
             f << (32 - precision), cumulative(freqs)[:256], (1 << precision) - f, inverse, words,

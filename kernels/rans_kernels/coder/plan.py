@@ -8,7 +8,7 @@ from rans_kernels.format import SPLITS, Split
 
 WEIGHT_RATE = {8: 1.3e12, 4: 2.05e12, 2: 2.9e12, 1: 4.1e12}
 """Weights a second that a fused kernel decodes on an H200, by coded bits: measured on the prototype
-(docs/design.md)."""
+(docs/architecture.md)."""
 BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads."""
 AUTO_BITS = 0.1

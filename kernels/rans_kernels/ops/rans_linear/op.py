@@ -7,7 +7,7 @@ from rans_kernels.ops.rans_linear.naive import rans_linear_naive
 
 FUSED_ROWS = 16
 """Rows of x up to which the fused kernel is used on a GPU. Above it decodes into scratch and multiplies with the
-library: the two round differently, so a row's last bits may differ between the two regimes (docs/numerics.md)."""
+library: the two round differently, so a row's last bits may differ between the two regimes (docs/architecture.md)."""
 
 
 def uses_fused_kernel(rows: int, device_type: str) -> bool:
