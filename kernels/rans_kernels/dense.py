@@ -33,7 +33,8 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | N
         dtype: of the result [N, K].
         group_size: columns that share a scale, or None.
     """
-    weight = q.to(torch.float32) * expand_scale(scale.to(torch.float32), q.shape[1], group_size)
+    # in place on the copy: a second [N, K] in float32 costs as much time as the product
+    weight = q.to(torch.float32, copy=True).mul_(expand_scale(scale.to(torch.float32), q.shape[1], group_size))
     # no cast that does nothing: as the last step of an autograd.Function it loses the gradient in dynamo of torch 2.11
     return weight if dtype is torch.float32 else weight.to(dtype)
 
