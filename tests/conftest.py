@@ -1,46 +1,80 @@
 """What several suites share: a tiny Llama whose layers fit no tile, and a byte-level tokenizer for it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# triton reads it when it is first imported, which lm-eval and inductor do too
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 TEXT = "".join(f"the {n % 7} quick foxes jump over {n * n % 31} lazy dogs, and then they rest.\n" for n in range(150))
 
+# matrices this small only lose by sharing
+torch.set_num_threads(1)
 
-def save_tiny_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Random weights far enough apart for greedy text to vary; `changes` are LlamaConfig's."""
-    torch.manual_seed(seed)
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` say why they are skipped."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def train_bpe(text: str, special: list[str]) -> Tokenizer:
+    """Byte-level BPE with 300 tokens, lossless, adds nothing to a text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([text], trainer)
+    return backend
+
+
+@pytest.fixture(scope="session")
+def byte_level_bpe() -> Callable[[str, list[str]], Tokenizer]:
+    """`train_bpe`, for suites with a text of their own."""
+    return train_bpe
+
+
+@pytest.fixture(scope="session")
+def sample_text() -> str:
+    """Text on which the tiny Llama's tokenizer was trained."""
+    return TEXT
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a folder with a tiny random Llama and its tokenizer; the same arguments give the same folder.
+
+    Weights are far enough apart for greedy text to vary. Keyword arguments are LlamaConfig's.
+    """
     values = {
         "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": 0,
         "eos_token_id": 0,
     }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**(values | changes))).save_pretrained(folder)
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator([TEXT], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a folder with a tiny Llama and its tokenizer; the same arguments give the same folder."""
     made: dict[str, Path] = {}
 
-    def make(seed: int = 0, **changes: Any) -> Path:
-        key = repr((seed, sorted(changes.items())))
+    def make(**changes: Any) -> Path:
+        key = repr(sorted(changes.items()))
         if key not in made:
-            made[key] = save_tiny_llama(tmp_path_factory.mktemp("llama") / "model", seed, **changes)
+            made[key] = folder = tmp_path_factory.mktemp("llama") / "model"
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**(values | changes))).save_pretrained(folder)
+            PreTrainedTokenizerFast(tokenizer_object=train_bpe(TEXT, [EOS]), eos_token=EOS).save_pretrained(folder)
         return made[key]
 
     return make

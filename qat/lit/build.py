@@ -15,6 +15,7 @@ import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -191,7 +192,8 @@ def _check_resume(config: TrainConfig) -> None:
 
 
 def _run_folder(config: TrainConfig) -> Path:
-    if HydraConfig.initialized():
+    # --help and compose leave a config of hydra's without a folder behind
+    if HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
         return Path(HydraConfig.get().runtime.output_dir)
     fresh = Path(config.paths.output_root, config.name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     return Path(run_dir(config.trainer.resume, str(fresh)))

@@ -1,11 +1,8 @@
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat.config import (
     DataConfig,
@@ -24,40 +21,10 @@ from qat.config import (
 from qat.export import export
 from qat.lit.build import train
 
-EOS = "<|endoftext|>"
-TEXT = "".join(f"the {n % 7} quick foxes jump over {n * n % 31} lazy dogs, and then they rest.\n" for n in range(150))
-
-
-def save_model(folder: Path, vocab: int = 300, seed: int = 0) -> Path:
-    """A random Llama whose layers fit no tile; its logits are far apart enough for greedy text to vary."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator([TEXT], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by sharing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("base"))
+def base(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama()
 
 
 @pytest.fixture(scope="session")
@@ -69,16 +36,16 @@ def compressed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def other_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("other"), vocab=310)
+def other_vocabulary(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama(vocab_size=310)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(base: Path, sample_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two steps of training with learned scales and quantised embeddings."""
     folder = tmp_path_factory.mktemp("train")
-    (folder / "train.txt").write_text(TEXT)
-    (folder / "valid.txt").write_text(TEXT[::-1])
+    (folder / "train.txt").write_text(sample_text)
+    (folder / "valid.txt").write_text(sample_text[::-1])
     run = train(
         TrainConfig(
             name="tiny",
@@ -98,8 +65,8 @@ def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(base: Path, compressed: Path, tmp_path: Path) -> EvalConfig:
-    (tmp_path / "text.txt").write_text(TEXT)
+def config(base: Path, compressed: Path, sample_text: str, tmp_path: Path) -> EvalConfig:
+    (tmp_path / "text.txt").write_text(sample_text)
     return EvalConfig(
         compressed=str(compressed),
         base=str(base),

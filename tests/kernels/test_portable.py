@@ -58,7 +58,6 @@ def test_slot_table_holds_the_frequencies():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 class TestOnGpu:
     # every combination is compiled: each split once, each lane count once
     @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
 """A tiny Llama with its tokenizer, some text, and a config that trains it in a second."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat.config import (
     DataConfig,
@@ -29,45 +26,15 @@ def some_text(words: int, seed: int) -> str:
     return " ".join(draw.choice(vocabulary[: 1 + draw.randrange(80)]) for _ in range(words))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by sharing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with model/, train.txt and valid.txt."""
     folder = tmp_path_factory.mktemp("tiny")
-    text = some_text(6000, seed=0)
-    (folder / "train.txt").write_text(text)
+    (folder / "train.txt").write_text(some_text(6000, seed=0))
     (folder / "valid.txt").write_text(some_text(1500, seed=0)[::-1])
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([text], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[0])
-    fast.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        # large enough for rounding to matter
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    # large weights, so that rounding matters
+    model = tiny_llama(hidden_size=32, intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True)
+    (folder / "model").symlink_to(model)
     return folder
 
 
