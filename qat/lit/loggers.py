@@ -76,20 +76,24 @@ def build_loggers(config: TrainConfig, run: Path) -> list[Logger]:
     loggers: list[Logger] = [JsonlLogger(run / "metrics.jsonl")]
     if config.logger.mode is LoggerMode.disabled:
         return loggers
+    import wandb
+    from wandb.errors import Error
+
+    offline = config.logger.mode is LoggerMode.offline
     wandb_logger = WandbLogger(
         name=config.name,
         # the same after a resume, which then goes on in the same run of W&B
         id=re.sub(r"[^\w-]", "-", f"{run.parent.name}-{run.name}"),
         save_dir=run,
-        offline=config.logger.mode is LoggerMode.offline,
+        # not lightning's `offline`, which sets the environment and comes too late after an earlier run of the process
+        mode=config.logger.mode.value,
+        settings=wandb.Settings(silent=offline, console="off"),
         project=config.logger.project,
         entity=config.logger.entity,
         group=config.logger.group,
         tags=config.logger.tags,
         config=to_plain(config),
     )
-    from wandb.errors import Error
-
     try:
         _ = wandb_logger.experiment
     except Error as error:
