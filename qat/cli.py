@@ -90,5 +90,5 @@ def _exit_code(call: Callable[[], Any], full: bool) -> int:
     except OSError as error:
         if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.strerror or error}: {error.filename or 'while writing'}", file=sys.stderr)
     return 2

@@ -185,7 +185,7 @@ class FolderWriter:
             save_file(self._pending, path, metadata={"format": "pt"})
         except SafetensorError as error:
             # the writer reports a full disk in its own words
-            code = errno.ENOSPC if "code: 28" in str(error) else errno.EIO
+            code = errno.ENOSPC if "No space" in str(error) else errno.EIO
             raise OSError(code, os.strerror(code), str(self.output)) from error
         self._shards.append((path, list(self._pending)))
         self._bytes += sum(tensor.nbytes for tensor in self._pending.values())

@@ -190,3 +190,19 @@ def test_ctrl_c_leaves_nothing(tiny_llama, tmp_path):
 
 def test_sizes_are_read_as_people_write_them():
     assert [parse_size(text) for text in ("5GB", "200MB", "1.5kb")] == [5 * 10**9, 200 * 10**6, 1500]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
+    import errno
+
+    import rans_kernels.checkpoint
+    from safetensors import SafetensorError
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(rans_kernels.checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        run(tiny_llama(), tmp_path / "out")
+    assert error.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
