@@ -29,7 +29,7 @@ from qat.divergence import LogitComparison, compare_tokens
 from qat.errors import UserError
 from qat.inference import generate_greedy, pick_device, pick_dtype
 from qat.model import load_model, load_tokenizer
-from qat.quant import convert, prepare
+from qat.quant import convert, prepare, quantized_modules
 from qat.report import console, log_to_wandb, output_folder, print_table, progress_bar, write_report
 
 LOGITS = 1 << 26
@@ -61,7 +61,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     dtype = pick_dtype(config.dtype, device)
     folder = read_config(Path(config.compressed))
     _check_context(config, folder.get("max_position_embeddings"))
-    references = _references(config, folder["quantization_config"].get("quant"), dtype)
+    references = _references(config, folder, dtype)
     prompts, text, text_tokens = _held_out(config, load_tokenizer(config.compressed))
     seconds: dict[str, float] = {}
     with progress_bar() as progress:
@@ -100,8 +100,9 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     return report
 
 
-def _references(config: EvalConfig, quant: Any, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """The models to compare with, each loaded when its turn comes; `quant` is how the folder was quantised."""
+def _references(config: EvalConfig, folder: dict[str, Any], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """The models to compare with, each loaded when its turn comes; `folder` is the compressed one's config.json."""
+    quant, stored = folder["quantization_config"].get("quant"), getattr(torch, folder.get("dtype") or "float32")
     if config.base is None and config.checkpoint is None:
         raise UserError("nothing to compare with: give base=... (the unquantised model), checkpoint=... or both")
     base, checkpoint = config.base, config.checkpoint
@@ -111,7 +112,7 @@ def _references(config: EvalConfig, quant: Any, dtype: torch.dtype) -> dict[str,
         load_tokenizer(base)
     if checkpoint is not None:
         read_checkpoint(checkpoint)
-        references["fake_quant"] = lambda: _in_dtype(load_fake_quant(checkpoint), dtype)
+        references["fake_quant"] = lambda: _in_dtype(_rounded(load_fake_quant(checkpoint), stored), dtype)
     elif quant is not None:
         references["fake_quant"] = lambda: _in_dtype(_prepared(base, from_plain(QuantConfig, quant)), dtype)
     if base is not None:
@@ -121,6 +122,15 @@ def _references(config: EvalConfig, quant: Any, dtype: torch.dtype) -> dict[str,
 
 def _prepared(base: Any, quant: QuantConfig) -> nn.Module:
     return prepare(load_model(base), quant).eval()
+
+
+def _rounded(model: Any, stored: torch.dtype) -> Any:
+    """Tensors that are not compressed rounded as export was told to store them; float32 changes nothing."""
+    compressed = {id(module.weight) for module in quantized_modules(model).values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in compressed and not name.endswith("weight_log2_scale"):
+            parameter.data = parameter.data.to(stored).to(parameter.dtype)
+    return model
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -216,6 +216,8 @@ class ExportConfig:
     lanes: int | None = None
     """Streams a 256x256 tile: 32 to 1024; null leaves it to the profile."""
     probability_bits: int = 12
+    dtype: str = "auto"
+    """Of the tensors that are not compressed: auto keeps them as trained; bfloat16 or float16 round them."""
     shard_size: str = "5GB"
     workers: int | None = None
     """Threads; null takes every core."""

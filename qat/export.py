@@ -96,6 +96,7 @@ def export(config: ExportConfig) -> Path:
     if output.exists() and not config.overwrite:
         raise UserError(f"output={config.output} exists: choose another name or say overwrite=true")
     begin = time.perf_counter()
+    dtype = parse_dtype(config.dtype)
     source = open_source(config)
     hf_config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     modules, tied = plan_modules(hf_config, source.quant)
@@ -114,8 +115,8 @@ def export(config: ExportConfig) -> Path:
                 layers[name] = entry
                 report.append(row)
             elif key not in passed and not key.endswith(".weight_log2_scale"):
-                tensor = source.read(key)
-                writer.add({key: tensor.clone()})
+                tensor = store_as(source.read(key), dtype)
+                writer.add({key: tensor})
                 report.append(plain_row(key, tensor))
         data = hf_config.to_dict()
         data["dtype"] = stored_dtype(report)
@@ -225,6 +226,23 @@ def plain_row(name: str, tensor: Tensor) -> dict[str, Any]:
         "name": name, "kind": "plain", "shape": list(tensor.shape), "weights": tensor.numel(), "dtype": dtype,
         "bytes": tensor.nbytes, "bits": 8 * tensor.element_size(),
     }  # fmt: skip
+
+
+def store_as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy of a tensor that is not compressed, in `dtype` if it is a float and `dtype` is not None."""
+    return tensor.clone() if dtype is None or not tensor.is_floating_point() else tensor.to(dtype, copy=True)
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """None for auto.
+
+    Raises:
+        UserError: no dtype to store in.
+    """
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise UserError(f"dtype={name}: give one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def stored_dtype(report: list[dict[str, Any]]) -> str:

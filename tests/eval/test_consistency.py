@@ -57,11 +57,12 @@ def test_one_altered_scale_fails(
     assert "FAIL fake-quant vs compressed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_a_trained_checkpoint_is_what_was_exported_from_it(
-    config: EvalConfig, checkpoint: Path, tmp_path: Path
+    config: EvalConfig, checkpoint: Path, tmp_path: Path, dtype: str
 ) -> None:
     exported = tmp_path / "exported"
-    export(ExportConfig(source=str(checkpoint), output=str(exported), progress_bar=False))
+    export(ExportConfig(source=str(checkpoint), output=str(exported), dtype=dtype, progress_bar=False))
     config.base, config.checkpoint = None, str(checkpoint)
     # a folder made from something else
     assert consistency(config)["passed"] is False

@@ -74,6 +74,16 @@ def test_a_loaded_model_saves_to_the_same_model(tie, tiny_llama, tmp_path):
     assert torch.equal(logits(rans_kernels.load(tmp_path / "again")), logits(model))
 
 
+def test_tensors_that_are_not_compressed_are_kept_or_rounded_as_told(tiny_llama, tmp_path):
+    source = tiny_llama()
+    trained = AutoModelForCausalLM.from_pretrained(source).model.embed_tokens.weight
+    kept = rans_kernels.load(run(source, tmp_path / "kept"))
+    rounded = rans_kernels.load(run(source, tmp_path / "rounded", dtype="bfloat16"))
+    assert torch.equal(kept.model.embed_tokens.weight, trained)
+    assert torch.equal(rounded.model.embed_tokens.weight, trained.to(torch.bfloat16))
+    assert torch.equal(kept.model.layers[0].mlp.up_proj.weight_int8, rounded.model.layers[0].mlp.up_proj.weight_int8)
+
+
 def test_greedy_tokens_equal_with_and_without_cache(tiny_llama, tmp_path):
     source = tiny_llama()
     folder = run(source, tmp_path / "out", quant=QuantConfig(bits=4))
@@ -125,6 +135,7 @@ def test_without_rans_kernels_transformers_does_not_load_it_in_silence(tiny_llam
         ({"shard_size": "5 apples"}, "shard_size"),
         ({"shard_size": "-1GB"}, "shard_size"),
         ({"lanes": 48}, "lanes is 48"),
+        ({"dtype": "int8"}, "dtype=int8"),
         ({"probability_bits": 9}, "probability_bits is 9"),
         ({"quant": QuantConfig(bits=9)}, "bits"),
         ({"quant": QuantConfig(include=["nothing"])}, "nothing"),
