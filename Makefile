@@ -16,7 +16,7 @@ $(READY): pyproject.toml tools/bootstrap.py
 	$(PYTHON) tools/bootstrap.py $(VENV)
 	@touch $@
 
-demo: $(READY) ## train, compress, reload and judge a small model on this machine (about 8 minutes, no GPU)
+demo: $(READY) ## train, compress, reload and judge a small model on this machine (about 5 minutes, no GPU)
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## run the CPU test suite

@@ -37,18 +37,6 @@ def stage(name: str) -> Iterator[None]:
     SECONDS[name] = time.perf_counter() - begin
 
 
-def compose(root: str, *overrides: str) -> Any:
-    """The typed config that a command line with these overrides would give."""
-    import hydra
-
-    from qat.cli import CONFIG_DIR
-    from qat.config import register_schemas, to_config
-
-    register_schemas()
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return to_config(hydra.compose(root, overrides=list(overrides)))
-
-
 def write_text(folder: Path, megabytes: float = 6.0) -> tuple[Path, Path]:
     """Standard library sources as training text, and every twentieth file as held-out text."""
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -179,7 +167,7 @@ def closing_table(
         "next lines right, compressed": accuracy["compressed"],
         "tokens compared, fake-quant": pair["generation"]["tokens"],
         "divergent tokens, fake-quant": pair["generation"]["divergent_tokens"],
-        "logits equal to the bit, fake-quant": str(pair["logits"]["bit_equal"]),
+        "logits equal to the bit, fake-quant": "yes" if pair["logits"]["bit_equal"] else "no",
     }
 
 
@@ -195,6 +183,7 @@ def main() -> None:
 
     from eval.consistency import consistency
     from eval.harness import harness
+    from qat.cli import compose
     from qat.export import export
     from qat.lit.build import train
     from qat.report import print_table, write_json

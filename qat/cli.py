@@ -42,6 +42,17 @@ def entry_point(config_name: str, task: Callable[[Any], Any]) -> None:
     sys.exit(max(_exit_code(run, full), *failures, 0))
 
 
+def compose(config_name: str, *overrides: str) -> Any:
+    """The config dataclass that configs/<config_name>.yaml gives with these words of a command line."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    register_schemas()
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return to_config(hydra.compose(config_name, overrides=list(overrides)))
+
+
 def run_dir(resume: str | None, fresh: str) -> str:
     """Folder of a run: that of the checkpoint <folder>/checkpoints/*.ckpt it goes on from, or a fresh one."""
     path = Path(resume or "").expanduser()

@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from qat.cli import CONFIG_DIR, entry_point
+from qat.cli import CONFIG_DIR, compose, entry_point
 from qat.config import (
     EvalConfig,
     ExportConfig,
     ScaleRule,
     TrainConfig,
     from_plain,
-    register_schemas,
-    to_config,
     to_plain,
 )
 from qat.errors import UserError
@@ -24,12 +21,6 @@ from qat.errors import UserError
 GIVEN = ["model.path=m", "data.train=t", "data.valid=v"]
 GROUPS = ["model", "data", "quant", "loss", "optim", "trainer", "logger", "paths"]
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIG_DIR / group).glob("*.yaml"))]
-
-
-def composed(root: str, *overrides: str) -> Any:
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return to_config(compose(root, list(overrides)))
 
 
 def run_cli(
@@ -54,36 +45,36 @@ def test_every_group_has_its_files() -> None:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_of_every_group_composes(group: str, choice: str) -> None:
-    config = composed("train", f"{group}={choice}", *GIVEN)
+    config = compose("train", f"{group}={choice}", *GIVEN)
     assert isinstance(config, TrainConfig)
 
 
 @pytest.mark.parametrize("experiment", [path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")])
 def test_every_experiment_composes_under_its_own_name(experiment: str) -> None:
-    config = composed("train", f"experiment={experiment}", *GIVEN)
+    config = compose("train", f"experiment={experiment}", *GIVEN)
     assert config.name == experiment
 
 
 def test_experiments_change_what_they_say() -> None:
-    config = composed("train", "experiment=bookllama_qat", *GIVEN)
+    config = compose("train", "experiment=bookllama_qat", *GIVEN)
     assert (config.quant.scale, config.quant.k) == (ScaleRule.std, 0.522)
     assert (config.trainer.max_steps, config.data.batch_size, config.data.seq_len) == (600, 64, 512)
     assert (config.loss.kl, config.loss.ce, config.optim.lr) == (1.0, 0.0, 5e-4)
     assert not (config.quant.embeddings or config.quant.lm_head)
-    tiny = composed("train", "experiment=tinyllama_qat")
+    tiny = compose("train", "experiment=tinyllama_qat")
     assert (tiny.data.seq_len, tiny.model.gradient_checkpointing) == (2048, True)
-    assert composed("train", "experiment=tinyllama_qat", "model.path=here").model.path == "here"
+    assert compose("train", "experiment=tinyllama_qat", "model.path=here").model.path == "here"
 
 
 def test_the_other_roots_compose() -> None:
-    assert isinstance(composed("export", "source=s", "output=o"), ExportConfig)
-    assert isinstance(composed("eval", "compressed=c", "output=o"), EvalConfig)
+    assert isinstance(compose("export", "source=s", "output=o"), ExportConfig)
+    assert isinstance(compose("eval", "compressed=c", "output=o"), EvalConfig)
 
 
 @pytest.mark.parametrize("root", ["train", "export", "eval"])
 def test_plain_data_goes_there_and_back(root: str) -> None:
     given = {"train": GIVEN, "export": ["source=s", "output=o"], "eval": ["compressed=c", "output=o"]}
-    config = composed(root, *given[root])
+    config = compose(root, *given[root])
     plain = to_plain(config)
     assert from_plain(type(config), plain) == config
     leaves = [value for group in plain.values() for value in (group.values() if isinstance(group, dict) else [group])]

@@ -39,6 +39,21 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | N
     return weight if dtype is torch.float32 else weight.to(dtype)
 
 
+def look_up(ids: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | None = None) -> Tensor:
+    """Rows of an embedding, dequantised after they are looked up.
+
+    Args:
+        ids: integers [...].
+        q: int8 [V, D].
+        scale: float32, see `expand_scale`.
+        dtype: of the result [..., D].
+        group_size: columns that share a scale, or None.
+    """
+    flat = ids.reshape(-1)
+    rows = dequantize(q[flat], scale if scale.shape[0] == 1 else scale[flat], dtype, group_size)
+    return rows.reshape(*ids.shape, q.shape[1])
+
+
 class Int8Linear(nn.Module):
     """Linear layer with INT8 weights kept dense: what `convert` gives, and the reference of the compressed layer."""
 
@@ -80,10 +95,7 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., D]."""
-        flat = ids.reshape(-1)
-        scale = self.weight_scale if self.weight_scale.shape[0] == 1 else self.weight_scale[flat]
-        rows = dequantize(self.weight_int8[flat], scale, self.dtype, self.group_size)
-        return rows.reshape(*ids.shape, -1)
+        return look_up(ids, self.weight_int8, self.weight_scale, self.dtype, self.group_size)
 
     def extra_repr(self) -> str:
         """Shape, shown by print(model)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rans_kernels.coder.encoder import EncodedTensor
-from rans_kernels.dense import Int8Embedding, dequantize
+from rans_kernels.dense import dequantize, look_up
 from rans_kernels.format import ROW_INTS, TileLayout
 from rans_kernels.ops.rans_decode import rans_decode
 from rans_kernels.ops.rans_linear import rans_linear
@@ -139,7 +139,7 @@ class CompressedEmbedding(CompressedWeight):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., D]."""
-        return Int8Embedding(self.weight_int8, self.weight_scale, self.dtype, self.group_size)(ids)
+        return look_up(ids, self.weight_int8, self.weight_scale, self.dtype, self.group_size)
 
 
 class TiedLinear(nn.Module):

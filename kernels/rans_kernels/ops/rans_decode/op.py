@@ -8,6 +8,7 @@ from rans_kernels.format import TileLayout
 from rans_kernels.ops.table import table_frequencies
 
 
+@torch.compiler.disable
 def rans_decode(stream: Tensor, offsets: Tensor, table: Tensor, layout: TileLayout) -> Tensor:
     """Decode a weight matrix on the device its stream is on.
 

@@ -1,5 +1,6 @@
 """`rans_linear`: x @ W.T straight from the compressed W."""
 
+import torch
 from torch import Tensor
 
 from rans_kernels.format import TileLayout
@@ -15,6 +16,7 @@ def uses_fused_kernel(rows: int, device_type: str) -> bool:
     return device_type != "cpu" and rows <= FUSED_ROWS
 
 
+@torch.compiler.disable
 def rans_linear(
     x: Tensor,
     stream: Tensor,
