@@ -42,7 +42,9 @@ def write_text(folder: Path, megabytes: float = 6.0) -> tuple[Path, Path]:
     library = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
     files = [f for f in library.rglob("*.py") if not skipped & set(f.relative_to(library).parts)]
-    train, valid, size = [], [], 0
+    train: list[str] = []
+    valid: list[str] = []
+    size = 0
     for i, file in enumerate(sorted(files)):
         text = file.read_text(encoding="utf-8", errors="ignore").strip()
         if text and size < megabytes * 1e6:

@@ -103,7 +103,7 @@ def test_two_ddp_processes_train_like_one(tmp_path):
     x = torch.randn(6, 7)
     mp.spawn(ddp_worker, (str(tmp_path), model, x), nprocs=2)
     train(0, 1, x, model)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, expected in model.state_dict().items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         torch.testing.assert_close(ranks[0][name], expected, rtol=1e-4, atol=1e-6)
