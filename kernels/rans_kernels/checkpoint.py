@@ -25,7 +25,7 @@ from rans_kernels.coder import EncodedTensor, decode_tiles
 from rans_kernels.format import FORMAT_VERSION, FormatError, TileLayout, crc32
 
 QUANT_METHOD = "codecllm"
-BUFFERS = ("weight_stream", "weight_offsets", "weight_freqs", "weight_scale")
+BUFFERS = ("weight", "weight_offsets", "weight_freqs", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LayerEntry:
     ) -> tuple["LayerEntry", dict[str, Tensor]]:
         """The entry of an encoded weight, and its buffers."""
         buffers = {
-            "weight_stream": torch.from_numpy(encoded.stream),
+            "weight": torch.from_numpy(encoded.stream),
             "weight_offsets": torch.from_numpy(encoded.offsets),
             "weight_freqs": torch.from_numpy(encoded.freqs),
             "weight_scale": scale.to(torch.float32).contiguous(),
@@ -300,7 +300,7 @@ def check_buffers(name: str, entry: LayerEntry, buffers: dict[str, Tensor]) -> N
     """
     groups = entry.layout.tiles * entry.layout.groups
     expected = {
-        "weight_stream": ((entry.rows, 16), torch.int32),
+        "weight": ((entry.rows, 16), torch.int32),
         "weight_offsets": ((groups + 1,), torch.int32),
         "weight_freqs": ((256,), torch.int16),
         "weight_scale": (entry.scale_shape, torch.float32),

@@ -146,7 +146,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{folder} does not load: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise FormatError(f"the weights of {folder} do not fit its config.json, or are damaged ({reason})") from error
     model, info = loaded
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}

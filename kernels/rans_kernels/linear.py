@@ -21,13 +21,12 @@ class CompressedWeight(nn.Module):
     """Buffers of one compressed weight, named as in the file, and what is derived from them on first use.
 
     Attributes:
-        weight_stream: int32 [rows, 16].
-        weight_offsets: int32 [tiles * groups + 1].
-        weight_freqs: int16 [256].
-        weight_scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)].
+        weight: the stream, int32 [rows, 16]; by its stock name, so that loaders which do not know the format stop at
+        its shape. weight_offsets: int32 [tiles * groups + 1]. weight_freqs: int16 [256]. weight_scale: float32 [1,
+        1], [N, 1] or [N, ceil(K / group_size)].
     """
 
-    weight_stream: Tensor
+    weight: Tensor
     weight_offsets: Tensor
     weight_freqs: Tensor
     weight_scale: Tensor
@@ -36,7 +35,7 @@ class CompressedWeight(nn.Module):
         """Args: layout: how it is coded. rows: of the stream. scale_shape: of the scales. group_size: or None."""
         super().__init__()
         self.layout, self.group_size = layout, group_size
-        self.register_buffer("weight_stream", torch.zeros(rows, ROW_INTS, dtype=torch.int32))
+        self.register_buffer("weight", torch.zeros(rows, ROW_INTS, dtype=torch.int32))
         self.register_buffer("weight_offsets", torch.zeros(layout.tiles * layout.groups + 1, dtype=torch.int32))
         self.register_buffer("weight_freqs", torch.zeros(256, dtype=torch.int16))
         self.register_buffer("weight_scale", torch.zeros(scale_shape, dtype=torch.float32))
@@ -50,7 +49,7 @@ class CompressedWeight(nn.Module):
 
     def load_encoded(self, encoded: EncodedTensor, scale: Tensor) -> None:
         """Fill the buffers from an encoder's result."""
-        self.weight_stream.copy_(torch.from_numpy(encoded.stream))
+        self.weight.copy_(torch.from_numpy(encoded.stream))
         self.weight_offsets.copy_(torch.from_numpy(encoded.offsets))
         self.weight_freqs.copy_(torch.from_numpy(encoded.freqs))
         self.weight_scale.copy_(scale)
@@ -62,7 +61,7 @@ class CompressedWeight(nn.Module):
             FormatError: a decoder could leave the stream.
         """
         offsets, freqs = self.weight_offsets.cpu().numpy(), self.weight_freqs.cpu().numpy()
-        self.layout.check(len(self.weight_stream), offsets, freqs)
+        self.layout.check(len(self.weight), offsets, freqs)
 
     @property
     def table(self) -> Tensor:
@@ -74,7 +73,7 @@ class CompressedWeight(nn.Module):
 
     def decode(self) -> Tensor:
         """The integers, int8 [N, K], on the buffers' device."""
-        return rans_decode(self.weight_stream, self.weight_offsets, self.table, self.layout)
+        return rans_decode(self.weight, self.weight_offsets, self.table, self.layout)
 
     @property
     def weight_int8(self) -> Tensor:
@@ -86,13 +85,13 @@ class CompressedWeight(nn.Module):
     @property
     def stored_bytes(self) -> int:
         """Everything stored for the weight."""
-        buffers = (self.weight_stream, self.weight_offsets, self.weight_freqs, self.weight_scale)
+        buffers = (self.weight, self.weight_offsets, self.weight_freqs, self.weight_scale)
         return sum(buffer.nbytes for buffer in buffers)
 
     @property
     def backend(self) -> str:
         """What a forward runs: cpu-int8 (decoded once) or triton-fused."""
-        return "cpu-int8" if self.weight_stream.device.type == "cpu" else "triton-fused"
+        return "cpu-int8" if self.weight.device.type == "cpu" else "triton-fused"
 
     def extra_repr(self) -> str:
         """Shape, coding, size and backend, shown by print(model)."""
@@ -135,7 +134,7 @@ class CompressedEmbedding(CompressedWeight):
     @property
     def backend(self) -> str:
         """Always decoded once."""
-        return f"{self.weight_stream.device.type}-int8"
+        return f"{self.weight.device.type}-int8"
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., D]."""
@@ -163,13 +162,19 @@ class TiedLinear(nn.Module):
 
 
 def linear_from(weight: CompressedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ W.T + bias on the device of the weight."""
+    """x @ W.T + bias on the device of the weight.
+
+    Raises:
+        TypeError: x is no float, as after a cast to the dtype of the stored stream.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"activations of a compressed layer are floats, got {x.dtype}")
     if x.device.type == "cpu":
         dense = dequantize(weight.weight_int8, weight.weight_scale, x.dtype, weight.group_size)
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
     y = rans_linear(
         x,
-        weight.weight_stream,
+        weight.weight,
         weight.weight_offsets,
         weight.table,
         weight.weight_scale,

@@ -121,11 +121,12 @@ def test_exported_integers_are_those_of_the_quantiser(tiny_llama, tmp_path):
     assert seen == 14
 
 
-def test_without_rans_kernels_transformers_does_not_load_it_in_silence(tiny_llama, tmp_path):
+def test_without_rans_kernels_transformers_refuses_the_folder(tiny_llama, tmp_path):
     folder = run(tiny_llama(), tmp_path / "out")
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "MISSING" in result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "mismatch" in result.stderr.lower()
 
 
 @pytest.mark.parametrize(

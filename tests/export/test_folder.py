@@ -39,7 +39,7 @@ def edit_config(folder, change):
 
 def first_shard(folder):
     """The first that holds a compressed layer."""
-    return next(f for f in sorted(folder.glob("*.safetensors")) if b".weight_stream" in f.read_bytes())
+    return next(f for f in sorted(folder.glob("*.safetensors")) if b".weight_offsets" in f.read_bytes())
 
 
 def cut(folder):
@@ -100,7 +100,9 @@ def test_any_altered_byte_of_a_coded_tensor_is_noticed(folder):
     good = shard.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
     spans = json.loads(good[8:header])
-    coded = [s["data_offsets"] for name, s in spans.items() if ".weight_" in name]
+    layers = {name.rpartition(".")[0] for name in spans if name.endswith(".weight_offsets")}
+    coded = [s["data_offsets"] for name, s in spans.items() if name.rpartition(".")[0] in layers]
+    assert len(coded) == 4 * len(layers)
     for _ in range(12):
         begin, end = coded[rng.integers(len(coded))]
         bad = bytearray(good)
@@ -127,5 +129,5 @@ def test_repr_tells_backend_and_size(folder):
 def test_compressed_weights_follow_the_model_to_another_dtype_untouched(folder):
     model = rans_kernels.load(folder, dtype=torch.bfloat16)
     layer = model.model.layers[0].mlp.up_proj
-    assert layer.weight_scale.dtype == torch.float32 and layer.weight_stream.dtype == torch.int32
+    assert layer.weight_scale.dtype == torch.float32 and layer.weight.dtype == torch.int32
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16
