@@ -6,7 +6,7 @@ writer, so that memory holds one layer and one shard. The folder appears under i
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -105,7 +105,10 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"{config.source} has no tensor {missing[0]}: its names differ from those of the architecture")
     layers: dict[str, LayerEntry] = {}
     report: list[dict[str, Any]] = []
-    passed = set(tied_weights(modules, tied, hf_config, source.names))
+    # not stored, because they are another tensor: transformers ties the head again on load
+    passed = {f"{head}.weight" for head in tied}
+    if getattr(hf_config, "tie_word_embeddings", False):
+        passed.add("lm_head.weight")
     with FolderWriter(output, parse_size(config.shard_size)) as writer:
         for key in track(sorted(source.names), "export", config.progress_bar):
             name = weight_of.get(key)
@@ -162,15 +165,6 @@ def plan_modules(hf_config: Any, quant: QuantConfig) -> tuple[dict[str, nn.Modul
     return modules, tied
 
 
-def tied_weights(
-    modules: dict[str, nn.Module], tied: dict[str, str], hf_config: Any, names: list[str]
-) -> Iterator[str]:
-    """Tensors that are not stored because they are another's: transformers ties them again on load."""
-    yield from (f"{head}.weight" for head in tied)
-    if getattr(hf_config, "tie_word_embeddings", False) and "lm_head.weight" in names:
-        yield "lm_head.weight"
-
-
 def export_layer(
     name: str, module: nn.Module, source: Source, config: ExportConfig
 ) -> tuple[dict[str, Any], LayerEntry, dict[str, Tensor]]:
@@ -187,11 +181,10 @@ def export_layer(
     layout = TileLayout((q.shape[0], q.shape[1]), split, lanes, config.probability_bits)
     encoded = encode_tiles(weights, layout, config.workers)
     verify(name, weights, encoded, config.workers)
-    _, group_size = grid(source.quant)
+    qmax, group_size = grid(source.quant)
     kind = "embedding" if isinstance(module, QATEmbedding) else "linear"
     bias = getattr(module, "bias", None) is not None
     entry, buffers = LayerEntry.describe(kind, encoded, scale, group_size, bias)
-    qmax = 2 ** (source.quant.bits - 1) - 1
     row = {
         "name": name,
         "kind": kind,

@@ -54,6 +54,21 @@ def look_up(ids: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, group_siz
     return rows.reshape(*ids.shape, q.shape[1])
 
 
+def int8_linear(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int | None = None
+) -> Tensor:
+    """Multiply by an INT8 weight dequantised in x's dtype: x [..., K] -> [..., N].
+
+    Args:
+        x: [..., K], a float dtype.
+        q: int8 [N, K].
+        scale: float32, see `expand_scale`.
+        bias: [N] or None, cast to x's dtype.
+        group_size: columns that share a scale, or None.
+    """
+    return F.linear(x, dequantize(q, scale, x.dtype, group_size), None if bias is None else bias.to(x.dtype))
+
+
 class Int8Linear(nn.Module):
     """Linear layer with INT8 weights kept dense: what `convert` gives, and the reference of the compressed layer."""
 
@@ -71,8 +86,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        weight = dequantize(self.weight_int8, self.weight_scale, x.dtype, self.group_size)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return int8_linear(x, self.weight_int8, self.weight_scale, self.bias, self.group_size)
 
     def extra_repr(self) -> str:
         """Shape, shown by print(model)."""

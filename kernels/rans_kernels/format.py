@@ -10,7 +10,7 @@ state, 16-bit words.
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,27 +237,38 @@ def lane_positions() -> NDArray[np.int32]:
     return np.stack([row, column], axis=-1).astype(np.int32)
 
 
-def raw_fields(raw_bits: int) -> list[tuple[int, int, NDArray[np.int32], NDArray[np.int32]]]:
+class RawFields(NamedTuple):
+    """The fields that raw bits are cut into, lowest first, and where they stand; int64."""
+
+    shift: NDArray[np.int64]
+    """In the raw bits: [F]."""
+    width: NDArray[np.int64]
+    """[F]."""
+    word: NDArray[np.int64]
+    """[F, 2, 16], by unit of the pair and weight."""
+    bit: NDArray[np.int64]
+    """[F, 2, 16], in the word."""
+
+
+def raw_fields(raw_bits: int) -> RawFields:
     """Where the raw bits of a pair of units stand in a lane's `raw_bits` words of 32 bits.
 
     The raw bits are cut, lowest first, into fields of 4, 2 and 1 bits (those that add up to `raw_bits`). With h the
     unit of the pair and weight 4 j + i: 4-bit fields lie in word 2 h + j // 2 at bit 8 i + 4 (j % 2), 2-bit fields in
     the next two words, word h, at bit 8 i + 2 j, 1-bit fields in the last word at bit 8 i + 4 h + j.
-
-    Returns:
-        For each width: (shift in the raw bits, width, word [2, 16], bit [2, 16]).
     """
     h, weight = np.arange(2)[:, None], np.arange(UNIT_WEIGHTS)[None]
     j, i = weight // 4, weight % 4
     word = {4: 2 * h + j // 2, 2: h + 0 * j, 1: 0 * (h + j)}
     bit = {4: 8 * i + 4 * (j % 2) + 0 * h, 2: 8 * i + 2 * j + 0 * h, 1: 8 * i + 4 * h + j}
-    fields, shift = [], 0
-    for width in (4, 2, 1):
-        if raw_bits & width:
-            # the words of the fields before this one: 32 weights of `shift` bits
-            fields.append((shift, width, (word[width] + shift).astype(np.int32), bit[width].astype(np.int32)))
-            shift += width
-    return fields
+    widths = [width for width in (4, 2, 1) if raw_bits & width]
+    width = np.array(widths, np.int64)
+    shift = np.cumsum(width) - width
+    shape = (len(widths), 2, UNIT_WEIGHTS)
+    # the fields before one fill 32 weights of `shift` bits: `shift` words
+    words = np.array([word[w] + s for w, s in zip(widths, shift, strict=True)], np.int64).reshape(shape)
+    bits = np.array([bit[w] for w in widths], np.int64).reshape(shape)
+    return RawFields(shift, width, words, bits)
 
 
 def crc32(array: NDArray[Any]) -> int:

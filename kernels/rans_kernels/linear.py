@@ -7,10 +7,8 @@ computes.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rans_kernels.coder.encoder import EncodedTensor
-from rans_kernels.dense import dequantize, look_up
+from rans_kernels.dense import int8_linear, look_up
 from rans_kernels.format import ROW_INTS, TileLayout
 from rans_kernels.ops.rans_decode import rans_decode
 from rans_kernels.ops.rans_linear import rans_linear
@@ -46,13 +44,6 @@ class CompressedWeight(nn.Module):
     def _apply(self, fn, recurse=True):
         self._table = self._int8 = None
         return super()._apply(fn, recurse)
-
-    def load_encoded(self, encoded: EncodedTensor, scale: Tensor) -> None:
-        """Fill the buffers from an encoder's result."""
-        self.weight.copy_(torch.from_numpy(encoded.stream))
-        self.weight_offsets.copy_(torch.from_numpy(encoded.offsets))
-        self.weight_freqs.copy_(torch.from_numpy(encoded.freqs))
-        self.weight_scale.copy_(scale)
 
     def check(self) -> None:
         """Check offsets and table against the layout.
@@ -170,8 +161,7 @@ def linear_from(weight: CompressedWeight, x: Tensor, bias: Tensor | None) -> Ten
     if not x.is_floating_point():
         raise TypeError(f"activations of a compressed layer are floats, got {x.dtype}")
     if x.device.type == "cpu":
-        dense = dequantize(weight.weight_int8, weight.weight_scale, x.dtype, weight.group_size)
-        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return int8_linear(x, weight.weight_int8, weight.weight_scale, bias, weight.group_size)
     y = rans_linear(
         x,
         weight.weight,

@@ -22,7 +22,7 @@ def test_every_weight_of_a_tile_has_one_place(lanes):
 @pytest.mark.parametrize("raw_bits", range(8))
 def test_every_raw_bit_has_one_place(raw_bits):
     taken = set()
-    for shift, width, word, bit in raw_fields(raw_bits):
+    for shift, width, word, bit in zip(*raw_fields(raw_bits), strict=True):
         assert shift + width <= raw_bits
         taken |= {(int(w), int(b) + i) for w, b in zip(word.flat, bit.flat, strict=True) for i in range(width)}
     assert taken == {(word, bit) for word in range(raw_bits) for bit in range(32)}

@@ -94,6 +94,7 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("rows", [1, 16, 17, 100])
     def test_module(self, rows):
+        from rans_kernels.checkpoint import LayerEntry
         from rans_kernels.linear import CompressedLinear
 
         w = torch.randint(-4, 4, (700, 300), dtype=torch.int8)
@@ -101,7 +102,8 @@ class TestOnGpu:
         e = encode_tiles(w.numpy(), layout)
         module = CompressedLinear(layout, len(e.stream), (700, 1), bias=True)
         scale = torch.rand(700, 1)
-        module.load_encoded(e, scale)
+        _, buffers = LayerEntry.describe("linear", e, scale, None, True)
+        module.load_state_dict({**buffers, "bias": module.bias})
         module.bias.data.uniform_(-1, 1)
         x = torch.randn(rows, 300)
         reference = x.double() @ (w.double() * scale.double()).T + module.bias.double()

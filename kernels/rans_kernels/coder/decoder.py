@@ -56,16 +56,10 @@ def decode_tiles(
     slots = _slots(freqs)
     values = _values(layout)
     positions = lane_positions()
-    fields = raw_fields(layout.split.raw_bits)
-    shape = (len(fields), 2, UNIT_WEIGHTS)
     args = (
         stream.view(np.uint32), stream.view(np.uint16), offsets.astype(np.int64), *slots, layout.probability_bits,
         layout.tile_grid[1], layout.unit_origin, positions, layout.split.coded_bits, layout.split.raw_bits, values,
-        np.array([shift for shift, _, _, _ in fields], np.int64),
-        np.array([width for _, width, _, _ in fields], np.int64),
-        np.array([word for _, _, word, _ in fields], np.int64).reshape(shape),
-        np.array([bit for _, _, _, bit in fields], np.int64).reshape(shape),
-        out,
+        *raw_fields(layout.split.raw_bits), out,
     )  # fmt: skip
     runs = [(t, min(t + RUN_TILES, layout.tiles)) for t in range(0, layout.tiles, RUN_TILES)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

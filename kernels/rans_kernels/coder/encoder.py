@@ -96,12 +96,7 @@ class _SplitTables:
         positions = lane_positions()
         # lane-minor, the order symbols are produced in
         self.position = np.ascontiguousarray((positions[..., 0] * TILE + positions[..., 1]).T)
-        fields = raw_fields(layout.split.raw_bits)
-        self.field_shift = np.array([shift for shift, _, _, _ in fields], np.int64)
-        self.field_width = np.array([width for _, width, _, _ in fields], np.int64)
-        shape = (len(fields), 2, UNIT_WEIGHTS)
-        self.field_word = np.array([word for _, _, word, _ in fields], np.int64).reshape(shape)
-        self.field_bit = np.array([bit for _, _, _, bit in fields], np.int64).reshape(shape)
+        self.fields = raw_fields(layout.split.raw_bits)
 
     def _symbol_args(self) -> tuple:
         split = self.layout.split
@@ -126,7 +121,7 @@ class _SplitTables:
         sizes = np.empty(len(head), np.int64)
         rows = _encode_run(  # type: ignore[call-arg]
             weights, begin, end, layout.tile_grid[1], *self._symbol_args(), self.raw, layout.split.raw_bits,
-            self.field_shift, self.field_width, self.field_word, self.field_bit,
+            *self.fields,
             f << (32 - precision), cumulative(freqs)[:256], (1 << precision) - f, inverse, words,
             out.view(np.uint32), out.view(np.uint16), sizes,
         )  # fmt: skip

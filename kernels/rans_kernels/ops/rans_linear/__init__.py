@@ -1,5 +1,5 @@
 """x @ W.T straight from the compressed W."""
 
-from rans_kernels.ops.rans_linear.op import rans_linear, uses_fused_kernel
+from rans_kernels.ops.rans_linear.op import rans_linear
 
-__all__ = ["rans_linear", "uses_fused_kernel"]
+__all__ = ["rans_linear"]
