@@ -33,8 +33,13 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | N
         dtype: of the result [N, K].
         group_size: columns that share a scale, or None.
     """
-    # in place on the copy: a second [N, K] in float32 costs as much time as the product
-    weight = q.to(torch.float32, copy=True).mul_(expand_scale(scale.to(torch.float32), q.shape[1], group_size))
+    scale = expand_scale(scale.to(torch.float32), q.shape[1], group_size)
+    if torch.compiler.is_compiling():
+        # out of place: dynamo of torch 2.11 loses the gradient of an autograd.Function that returns what it wrote over
+        weight = q.to(torch.float32) * scale
+    else:
+        # in place on the copy: a second [N, K] in float32 costs as much time as the product
+        weight = q.to(torch.float32, copy=True).mul_(scale)
     # no cast that does nothing: as the last step of an autograd.Function it loses the gradient in dynamo of torch 2.11
     return weight if dtype is torch.float32 else weight.to(dtype)
 
