@@ -53,6 +53,8 @@ def test_compiled_in_one_graph_it_follows_toggle_and_autocast(tiny, ids, rule):
 def test_inductor_agrees_on_a_ragged_last_group(device):
     config = QuantConfig(scale=ScaleRule.learned, granularity=Granularity.per_group, group_size=32)
     layer = prepare(nn.Linear(63, 129, device=device), config)
+    # no weight just at the clip: compilers round a division differently, and the gradient jumps there
+    layer.weight_log2_scale.data -= 0.1
     x = torch.randn(5, 63, device=device)
     expected, wanted = outputs_and_gradients(layer, x)
     got, gradients = outputs_and_gradients(torch.compile(layer, fullgraph=True), x)
