@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from rans_kernels.coder import decode_tiles, encode_tiles, entropy, weight_histogram
-from rans_kernels.coder.plan import choose_lanes, choose_split
+from rans_kernels.coder.plan import choose_layout, choose_probability_bits
 from rans_kernels.format import SPLITS, TileLayout
 
 from qat.report import environment, print_table, write_json
@@ -52,20 +52,19 @@ def median_seconds(function: Callable[[], Any]) -> float:
 def bench_layout(w: np.ndarray, layout: TileLayout) -> dict[str, Any]:
     """Bits and rates of one layout; raises if a weight is not decoded as it was."""
     e = encode_tiles(w, layout)
-    if not np.array_equal(decode_tiles(layout, e.stream, e.offsets, e.freqs), w):
+    arrays = e.heads, e.words, e.offsets, e.freqs
+    if not np.array_equal(decode_tiles(layout, *arrays), w):
         raise SystemExit(f"error: {layout} does not decode to what was encoded; no figures written")
     scales = 4 * w.shape[0]
     bits, h = 8 * (e.nbytes + scales) / w.size, entropy(weight_histogram(w))
     return {
         "split": str(layout.split),
-        "lanes": layout.lanes,
+        "units": layout.units,
         "entropy": round(h, 4),
         "bits": round(bits, 4),
         "over_entropy": round(bits - h, 4),
         "encode_Mw_s": round(w.size / median_seconds(lambda: encode_tiles(w, layout)) / 1e6, 1),
-        "decode_Mw_s": round(
-            w.size / median_seconds(lambda: decode_tiles(layout, e.stream, e.offsets, e.freqs)) / 1e6, 1
-        ),
+        "decode_Mw_s": round(w.size / median_seconds(lambda: decode_tiles(layout, *arrays)) / 1e6, 1),
     }
 
 
@@ -79,7 +78,7 @@ def bench_zlib(w: np.ndarray) -> dict[str, Any]:
     h = entropy(weight_histogram(w))
     bits = 8 * sum(map(len, packed)) / w.size
     return {
-        "split": "zlib-1", "lanes": None,
+        "split": "zlib-1", "units": None,
         "entropy": round(h, 4), "bits": round(bits, 4), "over_entropy": round(bits - h, 4),
         "encode_Mw_s": round(w.size / encode / 1e6, 1), "decode_Mw_s": round(w.size / decode / 1e6, 1),
     }  # fmt: skip
@@ -92,12 +91,13 @@ def bench_layers() -> list[dict[str, Any]]:
         w = gaussian(bits)
         counts = weight_histogram(w)
         for profile in ("compact", "auto", "fast"):
-            layout = TileLayout(w.shape, choose_split(counts, profile), choose_lanes(profile))
+            layout = choose_layout(counts, w.shape, profile)
             rows.append({"profile": profile, **bench_layout(w, layout)})
         low, high = int(w.min()), int(w.max())
         for coded in (8, 4, 2, 1):
             split = next(s for s in SPLITS if s.coded_bits == coded and s.holds(low, high))
-            rows.append({"profile": f"coded_bits {coded}", **bench_layout(w, TileLayout(w.shape, split, 32))})
+            layout = TileLayout(w.shape, split, 16, choose_probability_bits(split))
+            rows.append({"profile": f"coded_bits {coded}", **bench_layout(w, layout)})
         rows.append({"profile": "baseline", **bench_zlib(w)})
     return rows
 

@@ -213,9 +213,10 @@ class ExportConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
     """For a Hugging Face folder; a checkpoint brings its own."""
     profile: Profile = Profile.compact
-    lanes: int | None = None
-    """Streams a 256x256 tile: 32 to 1024; null leaves it to the profile."""
-    probability_bits: int = 12
+    units: int | None = None
+    """Columns of a tile over 64: few for more tiles at once, many for fewer bits; null leaves it to the profile."""
+    probability_bits: int | None = None
+    """Precision of the frequency tables, 10 to 12; null takes what the kernels' shared memory favours."""
     dtype: str = "auto"
     """Of the tensors that are not compressed: auto keeps them as trained; bfloat16 or float16 round them."""
     shard_size: str = "5GB"

@@ -7,7 +7,7 @@ writer, so that memory holds one layer and one shard. The folder appears under i
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from rans_kernels.checkpoint import FolderWriter, LayerEntry, open_shard, quantization_config, shard_of
 from rans_kernels.coder import EncodedTensor, decode_tiles, encode_tiles, entropy, weight_histogram
-from rans_kernels.coder.plan import choose_lanes, choose_split
-from rans_kernels.format import FormatError, TileLayout
+from rans_kernels.coder.plan import choose_layout
+from rans_kernels.format import FormatError
 from torch import Tensor, nn
 
 from qat.checkpoint import read_checkpoint
@@ -175,10 +175,11 @@ def export_layer(
     q, scale = quantize_weight(source.read(f"{name}.weight"), source.quant, log2_scale, f"{name}.weight")
     weights = q.numpy()
     counts = weight_histogram(weights)
-    profile = config.profile.value
-    split = choose_split(counts, profile)
-    lanes = config.lanes or choose_lanes(profile)
-    layout = TileLayout((q.shape[0], q.shape[1]), split, lanes, config.probability_bits)
+    layout = choose_layout(counts, (q.shape[0], q.shape[1]), config.profile.value)
+    if config.units is not None:
+        layout = replace(layout, units=config.units)
+    if config.probability_bits is not None:
+        layout = replace(layout, probability_bits=config.probability_bits)
     encoded = encode_tiles(weights, layout, config.workers)
     verify(name, weights, encoded, config.workers)
     qmax, group_size = grid(source.quant)
@@ -193,8 +194,8 @@ def export_layer(
         "entropy": round(entropy(counts), 4),
         "bits": round(8 * (encoded.nbytes + scale.nbytes) / weights.size, 4),
         "bytes": encoded.nbytes + scale.nbytes,
-        "split": str(split),
-        "lanes": lanes,
+        "split": str(layout.split),
+        "units": layout.units,
         "clipped": round(float(counts[[128 - qmax, 128 + qmax]].sum() / weights.size), 8),
         "seconds": round(time.perf_counter() - begin, 3),
     }
@@ -207,7 +208,7 @@ def verify(name: str, weights: np.ndarray, encoded: EncodedTensor, workers: int 
     Raises:
         FormatError: they differ.
     """
-    decoded = decode_tiles(encoded.layout, encoded.stream, encoded.offsets, encoded.freqs, workers)
+    decoded = decode_tiles(encoded.layout, encoded.heads, encoded.words, encoded.offsets, encoded.freqs, workers)
     if not np.array_equal(decoded, weights):
         raise FormatError(f"{name}: the decoded weights differ from those coded; this is a bug, nothing was written")
 
@@ -281,7 +282,7 @@ def parse_size(text: str) -> int:
 def print_report(output: Path, summary: dict[str, Any], report: list[dict[str, Any]]) -> None:
     """Show what was written."""
     coded = [row for row in report if row["kind"] != "plain"]
-    columns = ("name", "shape", "entropy", "bits", "split", "lanes", "clipped")
+    columns = ("name", "shape", "entropy", "bits", "split", "units", "clipped")
     shown = coded if len(coded) <= 24 else [*coded[:12], *coded[-12:]]
     print_table(f"{len(coded)} compressed layers", columns, [[row[c] for c in columns] for row in shown])
     smaller = summary["fp16_bytes"] / summary["model_bytes"]

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rans_kernels.coder import EncodedTensor, decode_tiles
-from rans_kernels.format import FORMAT_VERSION, FormatError, TileLayout, crc32
+from rans_kernels.format import FORMAT_VERSION, LANES, ROW_WORDS, FormatError, TileLayout, crc32
 
 QUANT_METHOD = "codecllm"
-BUFFERS = ("weight", "weight_offsets", "weight_freqs", "weight_scale")
+BUFFERS = ("weight", "weight_words", "weight_offsets", "weight_freqs", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LayerEntry:
     Attributes:
         kind: linear or embedding.
         layout: how it is coded.
-        rows: of the stream.
+        word_rows: rows of the words; those of the heads follow from the layout.
         scale_shape: of the scales.
         group_size: columns that share a scale, or None.
         bias: whether the layer has one; it is stored plainly.
@@ -44,7 +44,7 @@ class LayerEntry:
 
     kind: str
     layout: TileLayout
-    rows: int
+    word_rows: int
     scale_shape: tuple[int, int]
     group_size: int | None
     bias: bool
@@ -56,21 +56,22 @@ class LayerEntry:
     ) -> tuple["LayerEntry", dict[str, Tensor]]:
         """The entry of an encoded weight, and its buffers."""
         buffers = {
-            "weight": torch.from_numpy(encoded.stream),
+            "weight": torch.from_numpy(encoded.heads),
+            "weight_words": torch.from_numpy(encoded.words),
             "weight_offsets": torch.from_numpy(encoded.offsets),
             "weight_freqs": torch.from_numpy(encoded.freqs),
             "weight_scale": scale.to(torch.float32).contiguous(),
         }
         sums = {name: crc32(buffer.numpy()) for name, buffer in buffers.items()}
         shape = (scale.shape[0], scale.shape[1])
-        return cls(kind, encoded.layout, len(encoded.stream), shape, group_size, bias, sums), buffers
+        return cls(kind, encoded.layout, len(encoded.words), shape, group_size, bias, sums), buffers
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json."""
         return {
             "kind": self.kind,
             **self.layout.to_json(),
-            "rows": self.rows,
+            "word_rows": self.word_rows,
             "scale_shape": list(self.scale_shape),
             "group_size": self.group_size,
             "bias": self.bias,
@@ -90,15 +91,16 @@ class LayerEntry:
             size = data["group_size"]
             sums = {name: int(data["crc32"][name]) for name in BUFFERS}
             entry = cls(
-                str(data["kind"]), layout, int(data["rows"]), (scale_n, scale_groups),
+                str(data["kind"]), layout, int(data["word_rows"]), (scale_n, scale_groups),
                 None if size is None else int(size), bool(data["bias"]), sums,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"a layer's entry in config.json is damaged: {error!r}") from error
         n, k = layout.shape
         groups = 1 if entry.group_size is None else -(-k // max(1, entry.group_size))
-        if entry.kind not in ("linear", "embedding") or entry.rows < 1:
-            raise FormatError(f"a layer's entry in config.json is damaged: kind {entry.kind!r}, {entry.rows} rows")
+        if entry.kind not in ("linear", "embedding") or entry.word_rows < 0:
+            rows = f"{entry.word_rows} rows of words"
+            raise FormatError(f"a layer's entry in config.json is damaged: kind {entry.kind!r}, {rows}")
         if entry.scale_shape not in ((1, 1), (n, groups)):
             raise FormatError(f"scales of shape {entry.scale_shape} do not fit a weight of shape {layout.shape}")
         return entry
@@ -288,8 +290,8 @@ def read_layer(name: str, entry: LayerEntry, shards: dict[str, Path]) -> tuple[E
             except SafetensorError as error:
                 raise FormatError(f"{shards[key]} is damaged: {error}") from error
     check_buffers(name, entry, buffers)
-    stream, offsets, freqs = (buffers[b].numpy() for b in BUFFERS[:3])
-    return EncodedTensor(entry.layout, stream, offsets, freqs), buffers["weight_scale"]
+    arrays = (buffers[buffer].numpy() for buffer in BUFFERS[:-1])
+    return EncodedTensor(entry.layout, *arrays), buffers["weight_scale"]
 
 
 def check_buffers(name: str, entry: LayerEntry, buffers: dict[str, Tensor]) -> None:
@@ -298,10 +300,11 @@ def check_buffers(name: str, entry: LayerEntry, buffers: dict[str, Tensor]) -> N
     Raises:
         FormatError: naming the buffer.
     """
-    groups = entry.layout.tiles * entry.layout.groups
+    layout = entry.layout
     expected = {
-        "weight": ((entry.rows, 16), torch.int32),
-        "weight_offsets": ((groups + 1,), torch.int32),
+        "weight": ((layout.head_rows, LANES), torch.int32),
+        "weight_words": ((entry.word_rows, ROW_WORDS), torch.int16),
+        "weight_offsets": ((layout.tiles + 1,), torch.int32),
         "weight_freqs": ((256,), torch.int16),
         "weight_scale": (entry.scale_shape, torch.float32),
     }
@@ -324,7 +327,7 @@ def iterate_weights(folder: Path, workers: int | None = None) -> Iterator[tuple[
     for name, entry in parse_layers(config).items():
         encoded, scale = read_layer(name, entry, shards)
         try:
-            weights = decode_tiles(entry.layout, encoded.stream, encoded.offsets, encoded.freqs, workers)
+            weights = decode_tiles(entry.layout, encoded.heads, encoded.words, encoded.offsets, encoded.freqs, workers)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
         yield name, entry, weights, scale

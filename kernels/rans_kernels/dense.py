@@ -80,17 +80,37 @@ class Int8Linear(nn.Module):
     weight_int8: Tensor
     weight_scale: Tensor
 
-    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int | None = None):
-        """Args: q: int8 [N, K]. scale: float32, see `expand_scale`. bias: [N] or None. group_size: or None."""
+    def __init__(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        group_size: int | None = None,
+        units: int | None = None,
+    ):
+        """Make the layer.
+
+        Args:
+            q: int8 [N, K].
+            scale: float32, see `expand_scale`.
+            bias: [N] or None.
+            group_size: columns that share a scale, or None.
+            units: of a tile (format.TileLayout): on a GPU, small batches are then multiplied in the order of a
+                weight coded in such tiles, to the bit; None leaves it to the library.
+        """
         super().__init__()
         self.out_features, self.in_features = q.shape
-        self.group_size = group_size
+        self.group_size, self.units = group_size, units
         self.register_buffer("weight_int8", q)
         self.register_buffer("weight_scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
+        if self.units is not None and x.device.type != "cpu":
+            from rans_kernels.ops.int8_linear import int8_linear_tiled
+
+            return int8_linear_tiled(x, self.weight_int8, self.weight_scale, self.bias, self.units, self.group_size)
         return int8_linear(x, self.weight_int8, self.weight_scale, self.bias, self.group_size)
 
     def extra_repr(self) -> str:

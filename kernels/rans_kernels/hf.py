@@ -55,7 +55,7 @@ class CodecConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class CodecQuantizer(HfQuantizer):
-    """Swaps modules before loading, checks streams after it."""
+    """Swaps modules before loading, checks what was loaded after it."""
 
     requires_calibration = True
 
@@ -80,6 +80,8 @@ class CodecQuantizer(HfQuantizer):
             check_buffers(name, entry, {buffer: getattr(module, buffer) for buffer in BUFFERS})
             if isinstance(module, CompressedEmbedding):
                 module.dtype = model.dtype
+            if isinstance(module, CompressedWeight):
+                module.prepare()
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A loaded model can be saved again: its buffers are the stored tensors."""
@@ -99,8 +101,8 @@ class CodecQuantizer(HfQuantizer):
 def module_for(entry: LayerEntry) -> CompressedWeight:
     """An empty module with the buffers of an entry."""
     if entry.kind == "embedding":
-        return CompressedEmbedding(entry.layout, entry.rows, entry.scale_shape, entry.group_size)
-    return CompressedLinear(entry.layout, entry.rows, entry.scale_shape, entry.group_size, entry.bias)
+        return CompressedEmbedding(entry.layout, entry.word_rows, entry.scale_shape, entry.group_size)
+    return CompressedLinear(entry.layout, entry.word_rows, entry.scale_shape, entry.group_size, entry.bias)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -152,4 +154,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         raise FormatError(f"the weights of {folder} do not fit its config.json: {problems}")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    for module in model.modules():
+        if isinstance(module, CompressedWeight):
+            module.prepare()
+    return model

@@ -1,6 +1,6 @@
 """Modules whose weights stay compressed: CompressedLinear, CompressedEmbedding, and a head tied to the embedding.
 
-On a GPU a linear layer multiplies straight from its streams. On the CPU, and for look-ups, weights are decoded once
+On a GPU a linear layer multiplies straight from its tiles. On the CPU, and for look-ups, weights are decoded once
 to INT8 and kept; what is computed with them is `dense.dequantize`, to the bit what the fake-quant training forward
 computes.
 """
@@ -8,63 +8,60 @@ computes.
 import torch
 from torch import Tensor, nn
 
-from rans_kernels.dense import int8_linear, look_up
-from rans_kernels.format import ROW_INTS, TileLayout
+from rans_kernels.dense import Int8Linear, int8_linear, look_up
+from rans_kernels.format import LANES, ROW_WORDS, TileLayout
+from rans_kernels.ops.coded import CodedWeight, backend_of
 from rans_kernels.ops.rans_decode import rans_decode
 from rans_kernels.ops.rans_linear import rans_linear
-from rans_kernels.ops.table import slot_table
 
 
 class CompressedWeight(nn.Module):
     """Buffers of one compressed weight, named as in the file, and what is derived from them on first use.
 
     Attributes:
-        weight: the stream, int32 [rows, 16]; by its stock name, so that loaders which do not know the format stop at
-        its shape. weight_offsets: int32 [tiles * groups + 1]. weight_freqs: int16 [256]. weight_scale: float32 [1,
-        1], [N, 1] or [N, ceil(K / group_size)].
+        weight: the heads of the tiles, int32 [layout.head_rows, 32]; by its stock name, so that loaders which do not
+        know the format stop at its shape. weight_words: int16 [word_rows, 8]. weight_offsets: int32 [tiles + 1].
+        weight_freqs: int16 [256]. weight_scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)].
     """
 
     weight: Tensor
+    weight_words: Tensor
     weight_offsets: Tensor
     weight_freqs: Tensor
     weight_scale: Tensor
 
-    def __init__(self, layout: TileLayout, rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
-        """Args: layout: how it is coded. rows: of the stream. scale_shape: of the scales. group_size: or None."""
+    def __init__(self, layout: TileLayout, word_rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
+        """Args: layout: how it is coded. word_rows: of the words. scale_shape: of the scales. group_size: or None."""
         super().__init__()
         self.layout, self.group_size = layout, group_size
-        self.register_buffer("weight", torch.zeros(rows, ROW_INTS, dtype=torch.int32))
-        self.register_buffer("weight_offsets", torch.zeros(layout.tiles * layout.groups + 1, dtype=torch.int32))
+        self.register_buffer("weight", torch.zeros(layout.head_rows, LANES, dtype=torch.int32))
+        self.register_buffer("weight_words", torch.zeros(word_rows, ROW_WORDS, dtype=torch.int16))
+        self.register_buffer("weight_offsets", torch.zeros(layout.tiles + 1, dtype=torch.int32))
         self.register_buffer("weight_freqs", torch.zeros(256, dtype=torch.int16))
         self.register_buffer("weight_scale", torch.zeros(scale_shape, dtype=torch.float32))
         # derived, and dropped whenever the buffers move
-        self._table: Tensor | None = None
+        self._coded: CodedWeight | None = None
         self._int8: Tensor | None = None
 
     def _apply(self, fn, recurse=True):
-        self._table = self._int8 = None
+        self._coded = self._int8 = None
         return super()._apply(fn, recurse)
 
-    def check(self) -> None:
-        """Check offsets and table against the layout.
+    def prepare(self) -> CodedWeight:
+        """Check the buffers and derive what the kernels need, once; `torch.compile` wants it done before.
 
         Raises:
-            FormatError: a decoder could leave the stream.
+            FormatError: offsets or table do not fit the layout: a decoder could leave heads or words.
         """
-        offsets, freqs = self.weight_offsets.cpu().numpy(), self.weight_freqs.cpu().numpy()
-        self.layout.check(len(self.weight), offsets, freqs)
-
-    @property
-    def table(self) -> Tensor:
-        """Slot table on the buffers' device; buffers are checked before it is first made."""
-        if self._table is None:
-            self.check()
-            self._table = slot_table(self.weight_freqs)
-        return self._table
+        if self._coded is None:
+            self._coded = CodedWeight.check(
+                self.weight, self.weight_words, self.weight_offsets, self.weight_freqs, self.layout
+            )
+        return self._coded
 
     def decode(self) -> Tensor:
         """The integers, int8 [N, K], on the buffers' device."""
-        return rans_decode(self.weight, self.weight_offsets, self.table, self.layout)
+        return rans_decode(self.prepare())
 
     @property
     def weight_int8(self) -> Tensor:
@@ -76,19 +73,21 @@ class CompressedWeight(nn.Module):
     @property
     def stored_bytes(self) -> int:
         """Everything stored for the weight."""
-        buffers = (self.weight, self.weight_offsets, self.weight_freqs, self.weight_scale)
+        buffers = (self.weight, self.weight_words, self.weight_offsets, self.weight_freqs, self.weight_scale)
         return sum(buffer.nbytes for buffer in buffers)
 
     @property
     def backend(self) -> str:
-        """What a forward runs: cpu-int8 (decoded once) or triton-fused."""
-        return "cpu-int8" if self.weight.device.type == "cpu" else "triton-fused"
+        """What a forward runs: cpu-int8 (decoded once), gluon-fused or triton-fused (portable)."""
+        if self.weight.device.type in ("cpu", "meta"):
+            return "cpu-int8"
+        return f"{backend_of(self.weight.device)}-fused"
 
     def extra_repr(self) -> str:
         """Shape, coding, size and backend, shown by print(model)."""
         (n, k), layout = self.layout.shape, self.layout
         bits = 8 * self.stored_bytes / max(1, n * k)
-        coding = f"split={layout.split}, lanes={layout.lanes}, bits={bits:.2f}"
+        coding = f"split={layout.split}, units={layout.units}, bits={bits:.2f}"
         return f"in_features={k}, out_features={n}, {coding}, backend={self.backend}"
 
 
@@ -98,13 +97,13 @@ class CompressedLinear(CompressedWeight):
     def __init__(
         self,
         layout: TileLayout,
-        rows: int,
+        word_rows: int,
         scale_shape: tuple[int, int],
         group_size: int | None = None,
         bias: bool = False,
     ):
         """As CompressedWeight; bias: whether there is one."""
-        super().__init__(layout, rows, scale_shape, group_size)
+        super().__init__(layout, word_rows, scale_shape, group_size)
         self.out_features, self.in_features = layout.shape
         self.bias = nn.Parameter(torch.zeros(self.out_features), requires_grad=False) if bias else None
 
@@ -112,13 +111,18 @@ class CompressedLinear(CompressedWeight):
         """x [..., K] -> [..., N] in x's dtype."""
         return linear_from(self, x, self.bias)
 
+    def to_int8(self) -> Int8Linear:
+        """The same layer with its integers kept dense: equal results to the bit, on the CPU and in the GPU kernels."""
+        units = self.layout.units
+        return Int8Linear(self.decode(), self.weight_scale, self.bias, self.group_size, units)
+
 
 class CompressedEmbedding(CompressedWeight):
     """Embedding whose rows are looked up in INT8, decoded once."""
 
-    def __init__(self, layout: TileLayout, rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
+    def __init__(self, layout: TileLayout, word_rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
         """As CompressedWeight. Vectors come out in the default dtype of the time of construction."""
-        super().__init__(layout, rows, scale_shape, group_size)
+        super().__init__(layout, word_rows, scale_shape, group_size)
         self.num_embeddings, self.embedding_dim = layout.shape
         self.dtype = torch.get_default_dtype()
 
@@ -156,19 +160,10 @@ def linear_from(weight: CompressedWeight, x: Tensor, bias: Tensor | None) -> Ten
     """x @ W.T + bias on the device of the weight.
 
     Raises:
-        TypeError: x is no float, as after a cast to the dtype of the stored stream.
+        TypeError: x is no float, as after a cast to the dtype of the stored tensors.
     """
     if not x.is_floating_point():
         raise TypeError(f"activations of a compressed layer are floats, got {x.dtype}")
     if x.device.type == "cpu":
         return int8_linear(x, weight.weight_int8, weight.weight_scale, bias, weight.group_size)
-    y = rans_linear(
-        x,
-        weight.weight,
-        weight.weight_offsets,
-        weight.table,
-        weight.weight_scale,
-        weight.layout,
-        weight.group_size,
-    )
-    return y if bias is None else y + bias.to(y.dtype)
+    return rans_linear(x, weight.prepare(), weight.weight_scale, bias, weight.group_size)

@@ -1,4 +1,4 @@
-"""The layout covers a tile exactly once, and the planner and the tables keep their promises."""
+"""The layout covers a matrix exactly once, and the planner and the tables keep their promises."""
 
 import subprocess
 import sys
@@ -8,15 +8,52 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rans_kernels.coder import encode_tiles, entropy, normalise_frequencies, weight_histogram
-from rans_kernels.coder.plan import choose_lanes, choose_split, split_bits
-from rans_kernels.format import LANES, SPLITS, FormatError, Split, TileLayout, lane_positions, raw_fields
+from rans_kernels.coder.plan import choose_split, choose_units, split_bits
+from rans_kernels.format import (
+    LANE_WEIGHTS,
+    LANES,
+    SPLITS,
+    UNIT_COLUMNS,
+    UNIT_ROWS,
+    FormatError,
+    Split,
+    TileLayout,
+    lane_positions,
+    raw_fields,
+)
+
+LAYOUTS = [
+    TileLayout(shape, split, units)
+    for shape in ((1, 1), (63, 257), (257, 63), (16, 64), (40, 1100), (0, 7), (7, 0))
+    for split in (Split(8, 0), Split(2, 5))
+    for units in (1, 3, 16)
+]
 
 
-@pytest.mark.parametrize("lanes", LANES)
-def test_every_weight_of_a_tile_has_one_place(lanes):
-    layout = TileLayout((256, 256), Split(8, 0), lanes)
-    places = (layout.unit_origin[:, :, None, None] + lane_positions()).reshape(-1, 2)
-    assert len(np.unique(places[:, 0] * 256 + places[:, 1])) == 256 * 256
+def test_every_weight_of_a_unit_has_one_place():
+    row, column = np.moveaxis(lane_positions(), -1, 0)
+    assert row.shape == (LANES, LANE_WEIGHTS)
+    assert np.array_equal(np.sort((row * UNIT_COLUMNS + column).reshape(-1)), np.arange(UNIT_ROWS * UNIT_COLUMNS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tiles_cover_the_matrix_and_no_unit_more(layout):
+    panels, across = layout.grid
+    n, k = layout.shape
+    assert panels == -(-n // UNIT_ROWS)
+    for panel in range(panels):
+        units = [layout.tile_units(panel * across + a) for a in range(across)]
+        assert sum(units) == -(-k // UNIT_COLUMNS)
+        assert all(u == layout.units for u in units[:-1]) and all(1 <= u <= layout.units for u in units)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_heads_are_disjoint_and_cover_their_rows(layout):
+    rows = []
+    for tile in range(layout.tiles):
+        first = layout.head_row(tile)
+        rows += range(first, first + 1 + layout.tile_units(tile) * layout.split.raw_bits)
+    assert rows == list(range(layout.head_rows))
 
 
 @pytest.mark.parametrize("raw_bits", range(8))
@@ -24,8 +61,11 @@ def test_every_raw_bit_has_one_place(raw_bits):
     taken = set()
     for shift, width, word, bit in zip(*raw_fields(raw_bits), strict=True):
         assert shift + width <= raw_bits
-        taken |= {(int(w), int(b) + i) for w, b in zip(word.flat, bit.flat, strict=True) for i in range(width)}
-    assert taken == {(word, bit) for word in range(raw_bits) for bit in range(32)}
+        for w, b in zip(word.flat, np.broadcast_to(bit, word.shape).flat, strict=True):
+            places = {(int(w), int(b) + i) for i in range(width)}
+            assert not places & taken
+            taken |= places
+    assert taken == {(word, bit) for word in range(raw_bits * LANES) for bit in range(32)}
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
@@ -74,12 +114,39 @@ def test_frequencies_are_a_local_optimum():
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 7])
 def test_compact_profile_stays_near_the_entropy(bits):
-    w = gaussian(bits, 2048)
+    w = gaussian(bits, (1024, 4096))
     counts = weight_histogram(w)
     split = choose_split(counts, "compact")
-    e = encode_tiles(w, TileLayout(w.shape, split, choose_lanes("compact")))
+    e = encode_tiles(w, TileLayout(w.shape, split, choose_units(w.shape, "compact")))
     scales = 4 * len(w)
     assert 8 * (e.nbytes + scales) / w.size < entropy(counts) + 0.12
+
+
+@pytest.mark.parametrize("units", [1, 8, 16, 64])
+def test_overhead_is_what_the_format_says(units):
+    w = gaussian(4, (512, 4096))
+    e = encode_tiles(w, TileLayout(w.shape, Split(8, 0), units))
+    over = 8 * e.nbytes / w.size - entropy(weight_histogram(w))
+    # states, padding and offsets; then the table and its rounding
+    assert abs(over - (24 / 32 + 88 / 1024) / units) < 0.01
+
+
+@pytest.mark.parametrize("profile", ["compact", "auto", "fast"])
+@pytest.mark.parametrize("k", [0, 1, 63, 257, 384, 1024, 4096, 5632, 14336, 16384, 128256])
+def test_tiles_have_weights_enough_for_their_states(k, profile):
+    shape = (32, k)
+    layout = TileLayout(shape, Split(8, 0), choose_units(shape, profile))
+    assert layout.units >= 8 or layout.grid[1] <= 1
+    if profile == "compact":
+        assert layout.units == 16
+    else:
+        assert layout.grid[1] <= 16
+
+
+def test_profiles_other_than_compact_cut_more_tiles():
+    shape = (4096, 4096)
+    tiles = {p: TileLayout(shape, Split(8, 0), choose_units(shape, p)).grid[1] for p in ("compact", "auto", "fast")}
+    assert tiles == {"compact": 4, "auto": 8, "fast": 8}
 
 
 @pytest.mark.parametrize("profile", ["compact", "auto", "fast"])
@@ -91,14 +158,14 @@ def test_planned_splits_hold_the_weights(profile, values):
 
 
 def test_auto_spends_little_over_compact_and_looks_up_less_often():
-    counts = weight_histogram(gaussian(4, 512))
+    counts = weight_histogram(gaussian(4, (512, 512)))
     compact, auto = choose_split(counts, "compact"), choose_split(counts, "auto")
     assert auto.coded_bits < compact.coded_bits
     assert split_bits(counts, auto) <= split_bits(counts, compact) + 0.1
 
 
 def test_layout_survives_json_and_damage_is_named():
-    layout = TileLayout((63, 257), Split(2, 3), 256, 11)
+    layout = TileLayout((63, 257), Split(2, 3), 5, 11)
     assert TileLayout.from_json(layout.to_json()) == layout
     for key in layout.to_json():
         for bad in ("x", None, -7):
@@ -126,8 +193,8 @@ def test_imports_run_one_way():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-def gaussian(bits: float, size: int) -> np.ndarray:
-    """Gaussian integers of about so many bits of entropy, [size, size]."""
+def gaussian(bits: float, shape: tuple[int, int]) -> np.ndarray:
+    """Gaussian integers of about so many bits of entropy."""
     sigma = 2 ** (bits - 2.05)
-    w = np.random.default_rng(0).normal(0, sigma, (size, size))
+    w = np.random.default_rng(0).normal(0, sigma, shape)
     return np.clip(np.rint(w), -127, 127).astype(np.int8)

@@ -40,8 +40,8 @@ def fake_quantised(source, folder):
 SETTINGS = {
     "absmax": ({}, {}, {}),
     "std 3 bits auto": ({}, {"scale": ScaleRule.std, "k": 0.52}, {"profile": Profile.auto}),
-    "fast, many lanes": ({}, {"bits": 4}, {"profile": Profile.fast, "lanes": 1024}),
-    "per tensor": ({}, {"granularity": Granularity.per_tensor}, {"lanes": 64}),
+    "fast, small tiles": ({}, {"bits": 4}, {"profile": Profile.fast, "units": 1}),
+    "per tensor": ({}, {"granularity": Granularity.per_tensor}, {"units": 3}),
     "per group": ({}, {"granularity": Granularity.per_group, "group_size": 32}, {"probability_bits": 10}),
     "embeddings": ({}, {"embeddings": True}, {}),
     "tied embeddings": ({"tie_word_embeddings": True}, {"embeddings": True}, {}),
@@ -72,6 +72,16 @@ def test_a_loaded_model_saves_to_the_same_model(tie, tiny_llama, tmp_path):
     model = rans_kernels.load(folder)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(rans_kernels.load(tmp_path / "again")), logits(model))
+
+
+def test_a_layer_of_one_integer_has_no_words_and_loads(tiny_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "zero")
+    folder = run(tmp_path / "zero", tmp_path / "out")
+    compressed = rans_kernels.load(folder)
+    assert compressed.model.layers[0].mlp.up_proj.weight_words.shape == (0, 8)
+    assert torch.equal(logits(compressed), logits(fake_quantised(tmp_path / "zero", folder)))
 
 
 def test_tensors_that_are_not_compressed_are_kept_or_rounded_as_told(tiny_llama, tmp_path):
@@ -135,7 +145,7 @@ def test_without_rans_kernels_transformers_refuses_the_folder(tiny_llama, tmp_pa
         ({"source": "nowhere"}, "neither a .ckpt file nor a folder"),
         ({"shard_size": "5 apples"}, "shard_size"),
         ({"shard_size": "-1GB"}, "shard_size"),
-        ({"lanes": 48}, "lanes is 48"),
+        ({"units": 0}, "units is 0"),
         ({"dtype": "int8"}, "dtype=int8"),
         ({"probability_bits": 9}, "probability_bits is 9"),
         ({"quant": QuantConfig(bits=9)}, "bits"),

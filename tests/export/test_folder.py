@@ -69,8 +69,10 @@ DAMAGE = {
     "config cut": (lambda f: (f / "config.json").write_text('{"a": '), "damaged"),
     "not compressed": (lambda f: (f / "config.json").write_text("{}"), "no quantization_config"),
     "other method": (lambda f: edit_config(f, lambda q: q.update(quant_method="gptq")), "not a codecllm folder"),
-    "newer version": (lambda f: edit_config(f, lambda q: q.update(format_version=2)), "format_version is 2"),
-    "entry damaged": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].pop("lanes")), "lanes"),
+    "newer version": (lambda f: edit_config(f, lambda q: q.update(format_version=3)), "format_version is 3"),
+    "older version": (lambda f: edit_config(f, lambda q: q.update(format_version=1)), "format_version is 1"),
+    "entry damaged": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].pop("units")), "units"),
+    "rows altered": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(word_rows=-1)), "-1 rows of words"),
     "shape altered": (
         lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(shape=[80, 49])),
         "listed with shape",
@@ -102,7 +104,7 @@ def test_any_altered_byte_of_a_coded_tensor_is_noticed(folder):
     spans = json.loads(good[8:header])
     layers = {name.rpartition(".")[0] for name in spans if name.endswith(".weight_offsets")}
     coded = [s["data_offsets"] for name, s in spans.items() if name.rpartition(".")[0] in layers]
-    assert len(coded) == 4 * len(layers)
+    assert len(coded) == 5 * len(layers)
     for _ in range(12):
         begin, end = coded[rng.integers(len(coded))]
         bad = bytearray(good)
@@ -130,4 +132,5 @@ def test_compressed_weights_follow_the_model_to_another_dtype_untouched(folder):
     model = rans_kernels.load(folder, dtype=torch.bfloat16)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight_scale.dtype == torch.float32 and layer.weight.dtype == torch.int32
+    assert layer.weight_words.dtype == torch.int16
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16

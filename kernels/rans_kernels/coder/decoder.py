@@ -1,4 +1,4 @@
-"""The CPU decoder: compiled, parallel over tiles, bounds-checked. Shares nothing with the encoder but the format."""
+"""The CPU decoder: compiled, parallel over runs of tiles, bounds-checked. Shares only the format with the encoder."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,19 +8,19 @@ from numba import njit
 from numpy.typing import NDArray
 
 from rans_kernels.format import (
-    GROUP_LANES,
-    ROW_INTS,
+    LANE_WEIGHTS,
+    LANES,
+    ROW_WORDS,
     STATE_LOW,
-    STATE_ROWS,
-    TILE,
-    UNIT_WEIGHTS,
+    UNIT_COLUMNS,
+    UNIT_ROWS,
     FormatError,
     TileLayout,
     lane_positions,
     raw_fields,
 )
 
-RUN_TILES = 16
+RUN_UNITS = 1024
 _TOO_SHORT, _NOT_AT_START, _WORDS_LEFT = 1, 2, 3
 _FAULTS = {
     _TOO_SHORT: "its words end before its symbols do",
@@ -31,7 +31,8 @@ _FAULTS = {
 
 def decode_tiles(
     layout: TileLayout,
-    stream: NDArray[np.int32],
+    heads: NDArray[np.int32],
+    words: NDArray[np.int16],
     offsets: NDArray[np.int32],
     freqs: NDArray[np.int16],
     workers: int | None = None,
@@ -39,42 +40,54 @@ def decode_tiles(
     """Decode a weight matrix: int8 [N, K].
 
     Args:
-        layout: shape, split, lanes and precision.
-        stream: int32 [rows, 16].
-        offsets: int32 [tiles * groups + 1].
+        layout: shape, split, units and precision.
+        heads: int32 [layout.head_rows, 32].
+        words: int16 [rows, 8].
+        offsets: int32 [tiles + 1].
         freqs: int16 [256].
         workers: threads; None takes every core.
 
     Raises:
-        FormatError: the stream is damaged; nothing outside it was read.
+        FormatError: something is damaged; nothing outside the arrays was read.
     """
-    if stream.dtype != np.int32 or stream.ndim != 2 or stream.shape[1] != ROW_INTS or not len(stream):
-        raise FormatError(f"a stream is int32 [rows, {ROW_INTS}], got {stream.dtype} {stream.shape}")
-    layout.check(len(stream), offsets, freqs)
-    stream = np.ascontiguousarray(stream)
+    if heads.dtype != np.int32 or heads.ndim != 2 or heads.shape[1] != LANES:
+        raise FormatError(f"heads are int32 [rows, {LANES}], got {heads.dtype} {heads.shape}")
+    if words.dtype != np.int16 or words.ndim != 2 or words.shape[1] != ROW_WORDS:
+        raise FormatError(f"words are int16 [rows, {ROW_WORDS}], got {words.dtype} {words.shape}")
+    layout.check(len(heads), len(words), offsets, freqs)
     out = np.empty(layout.shape, np.int8)
-    slots = _slots(freqs)
-    values = _values(layout)
-    positions = lane_positions()
+    rows = offsets.astype(np.int64)
+    # weights 4 j to 4 j + 3 of a lane stand side by side, a quad of 32 bits
+    quads = np.ascontiguousarray((lane_positions()[:, ::4] @ [UNIT_COLUMNS, 1]).T // 4)
+    shift, width, word, bit = raw_fields(layout.split.raw_bits)
+    fields = shift, width, np.ascontiguousarray(word[:, :, ::4].swapaxes(1, 2)), bit[:, ::4]
+    heads, words = np.ascontiguousarray(heads), np.ascontiguousarray(words)
     args = (
-        stream.view(np.uint32), stream.view(np.uint16), offsets.astype(np.int64), *slots, layout.probability_bits,
-        layout.tile_grid[1], layout.unit_origin, positions, layout.split.coded_bits, layout.split.raw_bits, values,
-        *raw_fields(layout.split.raw_bits), out,
+        heads.view(np.uint32).reshape(-1), words.view(np.uint16).reshape(-1), _slots(freqs), layout.probability_bits,
+        min(layout.units, layout.panel_units), layout.split.coded_bits, layout.split.raw_bits, *fields, quads,
+        _values(layout), out,
     )  # fmt: skip
-    runs = [(t, min(t + RUN_TILES, layout.tiles)) for t in range(0, layout.tiles, RUN_TILES)]
+
+    def decode(run: range) -> tuple[int, int]:
+        places = [[*divmod(t, layout.grid[1]), layout.tile_units(t), layout.head_row(t), *rows[t : t + 2]] for t in run]
+        fault, index = _decode_run(np.array(places), *args)
+        return fault, run[index]
+
+    step = max(1, RUN_UNITS // layout.units)
+    runs = [range(t, min(t + step, layout.tiles)) for t in range(0, layout.tiles, step)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for fault, tile in pool.map(lambda run: _decode_run(*run, *args), runs):  # type: ignore[call-arg]
+        for fault, tile in pool.map(decode, runs):
             if fault:
                 raise FormatError(f"the stream of tile {tile} is damaged: {_FAULTS[fault]}")
     return out
 
 
-def _slots(freqs: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """Symbol, frequency and offset within the symbol, of every slot."""
-    wide = freqs.astype(np.int64)
-    symbol = np.repeat(np.arange(256), wide)
-    start = np.cumsum(wide) - wide
-    return symbol.astype(np.uint8), wide[symbol], np.arange(len(symbol)) - start[symbol]
+def _slots(freqs: NDArray[np.int16]) -> NDArray[np.int64]:
+    """Symbol, frequency << 8 and offset within the symbol << 24, of every slot."""
+    freq = freqs.astype(np.int64)
+    symbol = np.repeat(np.arange(256), freq)
+    start = np.cumsum(freq) - freq
+    return symbol | freq[symbol] << 8 | (np.arange(len(symbol)) - start[symbol]) << 24
 
 
 def _values(layout: TileLayout) -> NDArray[np.int8]:
@@ -89,76 +102,93 @@ def _values(layout: TileLayout) -> NDArray[np.int8]:
 
 
 @njit(nogil=True, cache=True)
+def _decode_symbols(state, words, slots, probability_bits, symbols):
+    """Decode [symbols, 32] from their states and words; returns how many words were due.
+
+    Without branches, which would be mispredicted as often as a word is due: a word is always loaded. Only the third
+    loop over the lanes is sequential: they share the stream.
+    """
+    mask = (1 << probability_bits) - 1
+    entry, word = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    place = 0
+    for s in range(len(symbols)):
+        for lane in range(LANES):
+            entry[lane] = slots[state[lane] & mask]
+        for lane in range(LANES):
+            symbols[s, lane] = entry[lane]
+            state[lane] = (entry[lane] >> 8 & 0xFFFF) * (state[lane] >> probability_bits) + (entry[lane] >> 24)
+        for lane in range(LANES):
+            word[lane] = words[place]
+            place += state[lane] < STATE_LOW
+        for lane in range(LANES):
+            x = state[lane]
+            state[lane] = x << 16 | word[lane] if x < STATE_LOW else x
+    return place
+
+
+@njit(nogil=True, cache=True)
+def _unit_quads(symbols, plane, coded_bits, raw_bits, field_shift, field_width, field_word, field_bit, quad):
+    """The quads of a unit, [8, 32], coded and raw bits of a weight in a byte."""
+    per_symbol, mask = 8 // coded_bits, (1 << coded_bits) - 1
+    quad[:] = 0
+    for e in range(LANE_WEIGHTS):
+        bit, shift = e % per_symbol * coded_bits, e % 4 * 8 + raw_bits
+        # not LANES: a short loop of known length is unrolled, one of unknown length vectorised
+        for lane in range(quad.shape[1]):
+            quad[e // 4, lane] |= (np.int64(symbols[e // per_symbol, lane]) >> bit & mask) << shift
+    for f in range(len(field_shift)):
+        # four weights, 8 bits apart there as well, at a time
+        mask = 0x01010101 * ((1 << field_width[f]) - 1)
+        for j in range(quad.shape[0]):
+            for lane in range(quad.shape[1]):
+                quad[j, lane] |= (np.int64(plane[field_word[f, j, lane]]) >> field_bit[f, j] & mask) << field_shift[f]
+
+
+@njit(nogil=True, cache=True)
+def _store(block, values, out):
+    """Weights of a unit, cut off at the edges of the matrix."""
+    for r in range(out.shape[0]):
+        source, target = block[r * UNIT_COLUMNS : r * UNIT_COLUMNS + out.shape[1]], out[r]
+        for c in range(len(source)):
+            target[c] = values[source[c]]
+
+
+@njit(nogil=True, cache=True)
 def _decode_run(
-    begin, end, stream, stream16, offsets, slot_symbol, slot_freq, slot_offset, probability_bits,
-    tiles_k, unit_origin, position, coded_bits, raw_bits, values,
-    field_shift, field_width, field_word, field_bit, out,
+    places, heads, words, slots, probability_bits, units, coded_bits, raw_bits,
+    field_shift, field_width, field_word, field_bit, quads, values, out,
 ):  # fmt: skip
-    """Decode tiles begin to end into `out`; (fault, tile), fault 0 if all is well."""
-    groups, units = unit_origin.shape[0], unit_origin.shape[1]
-    per_symbol = 8 // coded_bits
-    unit_symbols = UNIT_WEIGHTS // per_symbol
-    coded_mask = (1 << coded_bits) - 1
-    slot_mask = (1 << probability_bits) - 1
-    state, next_row = np.empty(GROUP_LANES, np.int64), np.empty(GROUP_LANES, np.int64)
-    code = np.empty((UNIT_WEIGHTS, GROUP_LANES), np.uint8)
-    for tile in range(begin, end):
-        first_n, first_k = tile // tiles_k * TILE, tile % tiles_k * TILE
-        rows, columns = min(TILE, out.shape[0] - first_n), min(TILE, out.shape[1] - first_k)
-        for g in range(groups):
-            row, end_row = offsets[tile * groups + g], offsets[tile * groups + g + 1]
-            if row == end_row:
-                continue
-            raw_row, pairs = row + STATE_ROWS, 0
-            for p in range(0, units, 2):
-                for half in range(2):
-                    if unit_origin[g, p + half, 0] < rows and unit_origin[g, p + half, 1] < columns:
-                        pairs += 1
-                        break
-            for lane in range(GROUP_LANES):
-                state[lane] = stream[row + lane // ROW_INTS, lane % ROW_INTS]
-                next_row[lane] = raw_row + 2 * raw_bits * pairs
-            for u in range(units):
-                r0, c0 = unit_origin[g, u, 0], unit_origin[g, u, 1]
-                if r0 < rows and c0 < columns:
-                    for s in range(unit_symbols):
-                        for lane in range(GROUP_LANES):
-                            x = state[lane]
-                            slot = x & slot_mask
-                            symbol = slot_symbol[slot]
-                            x = slot_freq[slot] * (x >> probability_bits) + slot_offset[slot]
-                            # no branch, it would be mispredicted: a word is always loaded, the guard row's at worst
-                            due = np.int64(x < STATE_LOW)
-                            word = np.int64(stream16[min(next_row[lane], end_row), lane])
-                            state[lane] = (x << (due << 4)) | (word & -due)
-                            next_row[lane] += due
-                            for b in range(per_symbol):
-                                coded = (symbol >> (b * coded_bits)) & coded_mask
-                                code[s * per_symbol + b, lane] = coded << raw_bits
-                    for f in range(len(field_shift)):
-                        mask = (1 << field_width[f]) - 1
-                        for e in range(UNIT_WEIGHTS):
-                            word, bit = field_word[f, u % 2, e], field_bit[f, u % 2, e]
-                            for lane in range(GROUP_LANES):
-                                packed = stream[raw_row + 2 * word + lane // ROW_INTS, lane % ROW_INTS]
-                                code[e, lane] |= ((packed >> bit) & mask) << field_shift[f]
-                    inside = r0 + 16 <= rows and c0 + 32 <= columns
-                    for lane in range(GROUP_LANES):
-                        for e in range(UNIT_WEIGHTS):
-                            r, c = r0 + position[lane, e, 0], c0 + position[lane, e, 1]
-                            if inside or (r < rows and c < columns):
-                                out[first_n + r, first_k + c] = values[code[e, lane]]
-                if u % 2:
-                    r1, c1 = unit_origin[g, u - 1, 0], unit_origin[g, u - 1, 1]
-                    if (r0 < rows and c0 < columns) or (r1 < rows and c1 < columns):
-                        raw_row += 2 * raw_bits
-            longest = raw_row
-            for lane in range(GROUP_LANES):
-                if next_row[lane] > end_row:
-                    return _TOO_SHORT, tile
-                if state[lane] != STATE_LOW:
-                    return _NOT_AT_START, tile
-                longest = max(longest, next_row[lane])
-            if longest != end_row:
-                return _WORDS_LEFT, tile
+    """Decode tiles into `out`; (fault, index of the tile), fault 0 if all is well."""
+    unit_symbols, plane = LANE_WEIGHTS * coded_bits // 8, raw_bits * LANES
+    state, quad = np.empty(LANES, np.int64), np.empty(quads.shape, np.int64)
+    symbols = np.empty((units * unit_symbols, LANES), np.uint8)
+    # a symbol takes at most a word: whatever the words are, none beyond this is loaded
+    stream = np.empty(symbols.size + 1, np.uint16)
+    block = np.empty(UNIT_ROWS * UNIT_COLUMNS, np.uint8)
+    block_quads = block.view(np.uint32)
+    for i in range(len(places)):
+        panel, across, live, head_row, begin, end = places[i]
+        count = (end - begin) * ROW_WORDS
+        stream[:count] = words[begin * ROW_WORDS : end * ROW_WORDS]
+        head = head_row * LANES
+        state[:] = heads[head : head + LANES]
+        used = _decode_symbols(state, stream, slots, probability_bits, symbols[: live * unit_symbols])
+        if used > count:
+            return _TOO_SHORT, i
+        if np.any(state != STATE_LOW):
+            return _NOT_AT_START, i
+        if -(-used // ROW_WORDS) != end - begin:
+            return _WORDS_LEFT, i
+        row = panel * UNIT_ROWS
+        for u in range(live):
+            head += plane if u else LANES
+            _unit_quads(
+                symbols[u * unit_symbols : (u + 1) * unit_symbols], heads[head : head + plane], coded_bits, raw_bits,
+                field_shift, field_width, field_word, field_bit, quad,
+            )  # fmt: skip
+            for j in range(quads.shape[0]):
+                for lane in range(quads.shape[1]):
+                    block_quads[quads[j, lane]] = quad[j, lane]
+            column = (across * units + u) * UNIT_COLUMNS
+            _store(block, values, out[row : row + UNIT_ROWS, column : column + UNIT_COLUMNS])
     return 0, 0

@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 from rans_kernels.coder.tables import cumulative, normalise_frequencies
 from rans_kernels.format import (
-    GROUP_LANES,
-    ROW_INTS,
+    LANE_WEIGHTS,
+    LANES,
+    ROW_WORDS,
     STATE_LOW,
-    STATE_ROWS,
-    TILE,
-    UNIT_WEIGHTS,
+    UNIT_COLUMNS,
+    UNIT_ROWS,
     FormatError,
     TileLayout,
     lane_positions,
     raw_fields,
 )
 
-RUN_TILES = 16
-"""Tiles a thread encodes before it hands on: a megabyte of weights, which fits the caches."""
+RUN_UNITS = 1024
+"""Units a thread encodes before it hands on: a megabyte of weights, which fits the caches."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,22 @@ class EncodedTensor:
 
     Attributes:
         layout: what the decoder must know.
-        stream: int32 [rows, 16]; the last row is a guard of zeros, so that decoders may load one row ahead.
-        offsets: int32 [tiles * groups + 1], first row of every group.
+        heads: int32 [layout.head_rows, 32], states and raw planes.
+        words: int16 [rows, 8], every tile's words from a row of its own.
+        offsets: int32 [tiles + 1], first row of every tile's words, and the end.
         freqs: int16 [256].
     """
 
     layout: TileLayout
-    stream: NDArray[np.int32]
+    heads: NDArray[np.int32]
+    words: NDArray[np.int16]
     offsets: NDArray[np.int32]
     freqs: NDArray[np.int16]
 
     @property
     def nbytes(self) -> int:
         """Everything stored, but for the scales."""
-        return self.stream.nbytes + self.offsets.nbytes + self.freqs.nbytes
+        return self.heads.nbytes + self.words.nbytes + self.offsets.nbytes + self.freqs.nbytes
 
 
 def encode_tiles(weights: NDArray[np.int8], layout: TileLayout, workers: int | None = None) -> EncodedTensor:
@@ -61,7 +63,7 @@ def encode_tiles(weights: NDArray[np.int8], layout: TileLayout, workers: int | N
         workers: threads; None takes every core.
 
     Raises:
-        FormatError: wrong dtype or shape, a weight out of range, or more than 2^31 rows.
+        FormatError: wrong dtype or shape, a weight out of range, or 2^31 or more rows.
     """
     if weights.dtype != np.int8 or weights.shape != layout.shape:
         raise FormatError(f"expected int8 weights of shape {layout.shape}, got {weights.dtype} {weights.shape}")
@@ -70,191 +72,179 @@ def encode_tiles(weights: NDArray[np.int8], layout: TileLayout, workers: int | N
         raise FormatError(
             f"weights from {weights.min()} to {weights.max()} do not fit split {layout.split} ({low} to {-low - 1})"
         )
-    weights = np.ascontiguousarray(weights)
-    tables = _SplitTables(layout)
-    runs = [(t, min(t + RUN_TILES, layout.tiles)) for t in range(0, layout.tiles, RUN_TILES)]
+    encoder = _Encoder(np.ascontiguousarray(weights), layout)
+    step = max(1, RUN_UNITS // layout.units)
+    runs = [range(t, min(t + step, layout.tiles)) for t in range(0, layout.tiles, step)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        counts = sum(pool.map(lambda run: tables.count(weights, run), runs), np.zeros(256, np.int64))
+        counts = sum(pool.map(encoder.count, runs), np.zeros(256, np.int64))
         freqs = normalise_frequencies(counts, layout.probability_bits)
-        encoded = list(pool.map(lambda run: tables.encode(weights, run, freqs), runs))
-    sizes = np.concatenate([np.zeros(1, np.int64), *(size for _, size in encoded)])
-    offsets = np.cumsum(sizes)
+        encoded = list(pool.map(lambda run: encoder.encode(run, freqs), runs))
+    offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(sizes for _, sizes in encoded)]))
     if offsets[-1] >= 2**31:
         raise FormatError(f"a layer of shape {layout.shape} needs more than 2^31 rows")
-    stream = np.concatenate([*(rows for rows, _ in encoded), np.zeros((1, ROW_INTS), np.int32)])
-    return EncodedTensor(layout, stream, offsets.astype(np.int32), freqs)
+    words = np.concatenate([np.empty((0, ROW_WORDS), np.int16), *(rows for rows, _ in encoded)])
+    return EncodedTensor(layout, encoder.heads, words, offsets.astype(np.int32), freqs)
 
 
-class _SplitTables:
-    """Look-up tables of one layout, in the form the compiled loops take."""
+class _Encoder:
+    """A matrix, the heads of its tiles, and look-up tables in the form the compiled loops take."""
 
-    def __init__(self, layout: TileLayout):
-        self.layout = layout
+    def __init__(self, weights: NDArray[np.int8], layout: TileLayout):
+        self.weights, self.layout = weights, layout
+        self.units = min(layout.units, layout.panel_units)
+        self.heads = np.empty((layout.head_rows, LANES), np.int32)
         coded, raw = layout.split.parts(np.arange(-128, 128))
-        # indexed by the weight's byte
-        self.coded, self.raw = np.roll(coded, 128), np.roll(raw, 128)
-        positions = lane_positions()
-        # lane-minor, the order symbols are produced in
-        self.position = np.ascontiguousarray((positions[..., 0] * TILE + positions[..., 1]).T)
-        self.fields = raw_fields(layout.split.raw_bits)
+        # by the weight's byte; what lies outside the split's range is never looked up
+        self.codes = np.roll(coded << layout.split.raw_bits | raw, 128)
+        # weights 4 j to 4 j + 3 of a lane stand side by side, a quad of 32 bits
+        row, column = np.moveaxis(lane_positions()[:, ::4], -1, 0)
+        self.quads = np.ascontiguousarray((row * self.units * UNIT_COLUMNS + column).T // 4)
+        shift, width, word, bit = raw_fields(layout.split.raw_bits)
+        self.fields = shift, width, np.ascontiguousarray(word[:, :, ::4].swapaxes(1, 2)), bit[:, ::4]
 
-    def _symbol_args(self) -> tuple:
-        split = self.layout.split
-        return self.layout.unit_origin, self.position, self.coded, split.coded_bits, self.layout.unit_symbols
+    def _run(self, run: range) -> tuple:
+        """What the compiled loops need to know of a run's tiles."""
+        layout, split = self.layout, self.layout.split
+        places = np.array([[*divmod(t, layout.grid[1]), layout.tile_units(t)] for t in run])
+        return self.weights, places, self.units, self.codes, self.quads, split.coded_bits, split.raw_bits
 
-    def count(self, weights: NDArray[np.int8], run: tuple[int, int]) -> NDArray[np.int64]:
-        """Histogram of the symbols of tiles run[0] to run[1]."""
-        return _count_symbols(weights, *run, self.layout.tile_grid[1], *self._symbol_args())
+    def count(self, run: range) -> NDArray[np.int64]:
+        """Histogram of the symbols of a run of tiles."""
+        return _count_symbols(*self._run(run))
 
-    def encode(
-        self, weights: NDArray[np.int8], run: tuple[int, int], freqs: NDArray[np.int16]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Rows of tiles run[0] to run[1], [rows, 16], and the rows of every group."""
-        layout, (begin, end) = self.layout, run
-        group_symbols = layout.units * layout.unit_symbols
-        head = layout.head_rows[begin * layout.groups : end * layout.groups]
-        # no symbol needs more than probability_bits; one row to spare for the store that is not counted
-        words = -(-group_symbols * layout.probability_bits // 16) + 2
-        out = np.empty((int(head.sum()) + len(head) * words, ROW_INTS), np.int32)
-        f, precision = freqs.astype(np.int64), layout.probability_bits
-        inverse = 1.0 / np.maximum(f, 1)
-        sizes = np.empty(len(head), np.int64)
+    def encode(self, run: range, freqs: NDArray[np.int16]) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+        """Words of a run of tiles, [rows, 8], and the rows of each; fills in the heads."""
+        layout, f = self.layout, freqs.astype(np.int64)
+        head_rows = np.array([layout.head_row(t) for t in run])
+        # a symbol takes at most a word, and one row to spare for the store that is not counted
+        most = self.units * layout.unit_symbols * LANES + ROW_WORDS
+        out = np.empty((len(run) * most // ROW_WORDS, ROW_WORDS), np.int16)
+        sizes = np.empty(len(run), np.int64)
         rows = _encode_run(  # type: ignore[call-arg]
-            weights, begin, end, layout.tile_grid[1], *self._symbol_args(), self.raw, layout.split.raw_bits,
-            *self.fields,
-            f << (32 - precision), cumulative(freqs)[:256], (1 << precision) - f, inverse, words,
-            out.view(np.uint32), out.view(np.uint16), sizes,
+            *self._run(run), *self.fields, f, cumulative(freqs)[:256], 1 / np.maximum(f, 1), layout.probability_bits,
+            most, head_rows, self.heads.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1), sizes,
         )  # fmt: skip
         return out[:rows].copy(), sizes
 
 
 @njit(nogil=True, cache=True)
-def _copy_tile(weights, tile, tiles_k, out):
-    """Copy a tile, padded with zeros, and give its rows and columns."""
-    first_n, first_k = tile // tiles_k * TILE, tile % tiles_k * TILE
-    rows = min(TILE, weights.shape[0] - first_n)
-    columns = min(TILE, weights.shape[1] - first_k)
-    if rows < TILE or columns < TILE:
-        out[:] = 0
+def _copy_codes(weights, first_row, first_column, width, codes, out):
+    """Coded and raw bits of a tile of `width` columns; weights outside the matrix are 0."""
+    rows = min(UNIT_ROWS, weights.shape[0] - first_row)
+    columns = min(width, weights.shape[1] - first_column)
+    if rows < UNIT_ROWS or columns < width:
+        out[:] = codes[0]
     for r in range(rows):
+        source = weights[first_row + r, first_column : first_column + columns]
+        target = out[r * width : r * width + columns]
         for c in range(columns):
-            out[r * TILE + c] = np.uint8(weights[first_n + r, first_k + c])
-    return rows, columns
+            target[c] = codes[np.uint8(source[c])]
 
 
 @njit(nogil=True, cache=True)
-def _unit_symbols(tile, origin, position, coded, coded_bits, unit_symbols, out):
-    """Symbols [unit_symbols, 32] of one unit."""
-    per_symbol = UNIT_WEIGHTS // unit_symbols
-    for s in range(unit_symbols):
-        for lane in range(GROUP_LANES):
-            symbol = 0
-            for b in range(per_symbol):
-                w = tile[origin + position[s * per_symbol + b, lane]]
-                symbol |= coded[w] << (b * coded_bits)
-            out[s, lane] = symbol
+def _unit_quads(tile, unit, quads, out):
+    """The quads of a unit: [8, 32]."""
+    for j in range(quads.shape[0]):
+        for lane in range(quads.shape[1]):
+            out[j, lane] = tile[unit * (UNIT_COLUMNS // 4) + quads[j, lane]]
 
 
 @njit(nogil=True, cache=True)
-def _count_symbols(weights, begin, end, tiles_k, unit_origin, position, coded, coded_bits, unit_symbols):
-    counts = np.zeros(256, np.int64)
-    tile = np.empty(TILE * TILE, np.uint8)
-    symbols = np.empty((unit_symbols, GROUP_LANES), np.uint8)
-    for t in range(begin, end):
-        rows, columns = _copy_tile(weights, t, tiles_k, tile)
-        for g in range(unit_origin.shape[0]):
-            for u in range(unit_origin.shape[1]):
-                row, column = unit_origin[g, u, 0], unit_origin[g, u, 1]
-                if row < rows and column < columns:
-                    _unit_symbols(tile, row * TILE + column, position, coded, coded_bits, unit_symbols, symbols)
-                    for s in range(unit_symbols):
-                        for lane in range(GROUP_LANES):
-                            counts[symbols[s, lane]] += 1
-    return counts
+def _unit_symbols(quad, coded_bits, raw_bits, out):
+    """Symbols of a unit, [symbols, 32], from its quads."""
+    per_symbol, mask = 8 // coded_bits, (1 << coded_bits) - 1
+    out[:] = 0
+    for e in range(LANE_WEIGHTS):
+        shift, bit = e % 4 * 8 + raw_bits, e % per_symbol * coded_bits
+        # not LANES: a short loop of known length is unrolled, one of unknown length vectorised
+        for lane in range(quad.shape[1]):
+            out[e // per_symbol, lane] |= (quad[e // 4, lane] >> shift & mask) << bit
 
 
 @njit(nogil=True, cache=True)
-def _pack_raw(tile, origin, position, raw, half, field_shift, field_width, field_word, field_bit, out):
-    """Or the raw bits of one unit, `half` 0 or 1 of its pair, into the pair's words [raw_bits, 32]."""
+def _pack_raw(quad, field_shift, field_width, field_word, field_bit, out):
+    """Raw plane of a unit, [raw_bits * 32], from its quads: four weights, 8 bits apart there as well, at a time."""
+    out[:] = 0
     for f in range(len(field_shift)):
-        mask = (1 << field_width[f]) - 1
-        for e in range(UNIT_WEIGHTS):
-            word, bit = field_word[f, half, e], field_bit[f, half, e]
-            for lane in range(GROUP_LANES):
-                field = (raw[tile[origin + position[e, lane]]] >> field_shift[f]) & mask
-                out[word, lane] |= np.uint32(field << bit)
+        mask = 0x01010101 * ((1 << field_width[f]) - 1)
+        for j in range(quad.shape[0]):
+            for lane in range(quad.shape[1]):
+                out[field_word[f, j, lane]] |= (quad[j, lane] >> field_shift[f] & mask) << field_bit[f, j]
 
 
 @njit(nogil=True, cache=True)
-def _encode_group(symbols, count, limits, starts, complements, inverse, buffer, states, used):
-    """Encode `count` symbols a lane, last to first; words fill `buffer` from its end.
+def _count_symbols(weights, places, units, codes, quads, coded_bits, raw_bits):
+    # lanes side by side often have the same symbol, and would wait for each other's count
+    counts = np.zeros((4, 256), np.int64)
+    width = units * UNIT_COLUMNS
+    tile, quad = np.empty(UNIT_ROWS * width, np.uint8), np.empty(quads.shape, np.int64)
+    symbols = np.empty((LANE_WEIGHTS * coded_bits // 8, LANES), np.uint8)
+    for panel, across, live in places:
+        _copy_codes(weights, panel * UNIT_ROWS, across * width, width, codes, tile)
+        for u in range(live):
+            _unit_quads(tile.view(np.uint32), u, quads, quad)
+            _unit_symbols(quad, coded_bits, raw_bits, symbols)
+            for s in range(len(symbols)):
+                for lane in range(LANES):
+                    counts[lane % 4, symbols[s, lane]] += 1
+    return counts.sum(0)
+
+
+@njit(nogil=True, cache=True)
+def _encode_symbols(symbols, freq, start, inverse, probability_bits, words):
+    """Encode [symbols, 32] last to first; words fill `words` from its end; returns the states and where they begin.
 
     Without branches, which would be mispredicted as often as a word is written: the word is always stored, and counted
-    if it was due. x' = (x // f << precision) + x % f + start = x + x // f * (2 ** precision - f) + start.
+    if it was due. Only the second loop over the lanes is sequential: they share the stream.
     """
-    last = len(buffer) - 1
-    for lane in range(GROUP_LANES):
-        states[lane] = STATE_LOW
-        used[lane] = 0
-    for s in range(count - 1, -1, -1):
-        for lane in range(GROUP_LANES):
-            symbol, x = symbols[s, lane], states[lane]
-            due = np.int64(x >= limits[symbol])
-            buffer[last - used[lane], lane] = np.uint16(x & 0xFFFF)
-            used[lane] += due
-            x >>= due << 4
+    state = np.full(LANES, STATE_LOW, np.int64)
+    f, base, reciprocal = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.float64)
+    slots, limit = 1 << probability_bits, 32 - probability_bits
+    place = len(words) - 1
+    for s in range(len(symbols) - 1, -1, -1):
+        for lane in range(LANES):
+            symbol = symbols[s, lane]
+            f[lane], base[lane], reciprocal[lane] = freq[symbol], start[symbol], inverse[symbol]
+        for lane in range(LANES - 1, -1, -1):
+            words[place] = state[lane]
+            place -= state[lane] >> limit >= f[lane]
+        for lane in range(LANES):
+            x = state[lane]
+            x = x >> 16 if x >> limit >= f[lane] else x
             # exact: x < 2^32, and (x + 0.5) / f is at least 0.5 / 4096 away from an integer
-            quotient = np.int64((x + 0.5) * inverse[symbol])
-            states[lane] = x + quotient * complements[symbol] + starts[symbol]
+            quotient = np.int64((x + 0.5) * reciprocal[lane])
+            # quotient * slots + remainder + base
+            state[lane] = x + quotient * (slots - f[lane]) + base[lane]
+    return state, place + 1
 
 
 @njit(nogil=True, cache=True)
 def _encode_run(
-    weights, begin, end, tiles_k, unit_origin, position, coded, coded_bits, unit_symbols, raw, raw_bits,
-    field_shift, field_width, field_word, field_bit, limits, starts, complements, inverse, words, out, out16, sizes,
+    weights, places, units, codes, quads, coded_bits, raw_bits, field_shift, field_width, field_word, field_bit,
+    freq, start, inverse, probability_bits, most, head_rows, heads, out, sizes,
 ):  # fmt: skip
-    """Encode tiles begin to end into `out` (uint32) and its view `out16`; returns the rows written."""
-    groups, units = unit_origin.shape[0], unit_origin.shape[1]
-    tile = np.empty(TILE * TILE, np.uint8)
-    symbols = np.empty((units * unit_symbols, GROUP_LANES), np.uint8)
-    pair_raw = np.empty((raw_bits, GROUP_LANES), np.uint32)
-    buffer = np.empty((words, GROUP_LANES), np.uint16)
-    states, used = np.empty(GROUP_LANES, np.int64), np.empty(GROUP_LANES, np.int64)
-    row = 0
-    for t in range(begin, end):
-        rows, columns = _copy_tile(weights, t, tiles_k, tile)
-        for g in range(groups):
-            first, count, head = row, 0, row + STATE_ROWS
-            for pair in range(0, units, 2):
-                pair_raw[:] = 0
-                live = False
-                for half in range(2):
-                    r, c = unit_origin[g, pair + half, 0], unit_origin[g, pair + half, 1]
-                    if r < rows and c < columns:
-                        live = True
-                        origin = r * TILE + c
-                        unit = symbols[count : count + unit_symbols]
-                        _unit_symbols(tile, origin, position, coded, coded_bits, unit_symbols, unit)
-                        count += unit_symbols
-                        _pack_raw(
-                            tile, origin, position, raw, half,
-                            field_shift, field_width, field_word, field_bit, pair_raw,
-                        )  # fmt: skip
-                if live:
-                    for word in range(raw_bits):
-                        for lane in range(GROUP_LANES):
-                            out[head + lane // ROW_INTS, lane % ROW_INTS] = pair_raw[word, lane]
-                        head += 2
-            if count:
-                _encode_group(symbols, count, limits, starts, complements, inverse, buffer, states, used)
-                longest = 0
-                for lane in range(GROUP_LANES):
-                    out[row + lane // ROW_INTS, lane % ROW_INTS] = np.uint32(states[lane])
-                    longest = max(longest, used[lane])
-                for i in range(longest):
-                    for lane in range(GROUP_LANES):
-                        n = used[lane]
-                        out16[head + i, lane] = buffer[words - n + i, lane] if i < n else 0
-                row = head + longest
-            sizes[(t - begin) * groups + g] = row - first
-    return row
+    """Encode tiles into `heads` and `out`; returns the rows of words written."""
+    width, unit_symbols = units * UNIT_COLUMNS, LANE_WEIGHTS * coded_bits // 8
+    tile, quad = np.empty(UNIT_ROWS * width, np.uint8), np.empty(quads.shape, np.int64)
+    symbols, words = np.empty((units * unit_symbols, LANES), np.uint8), np.empty(most, np.uint16)
+    end = 0
+    for i in range(len(places)):
+        panel, across, live = places[i]
+        _copy_codes(weights, panel * UNIT_ROWS, across * width, width, codes, tile)
+        head = head_rows[i] * LANES
+        for u in range(live):
+            _unit_quads(tile.view(np.uint32), u, quads, quad)
+            _unit_symbols(quad, coded_bits, raw_bits, symbols[u * unit_symbols : (u + 1) * unit_symbols])
+            plane = head + LANES + u * raw_bits * LANES
+            _pack_raw(
+                quad, field_shift, field_width, field_word, field_bit, heads[plane : plane + raw_bits * LANES]
+            )  # fmt: skip
+        state, first = _encode_symbols(symbols[: live * unit_symbols], freq, start, inverse, probability_bits, words)
+        heads[head : head + LANES] = state
+        used = most - first
+        rows = -(-used // ROW_WORDS)
+        out[end : end + used] = words[first:]
+        out[end + used : end + rows * ROW_WORDS] = 0
+        end += rows * ROW_WORDS
+        sizes[i] = rows
+    return end // ROW_WORDS

@@ -1,10 +1,10 @@
-"""Choosing how a layer is coded: the split of its bits and the number of lanes, for a profile."""
+"""Choosing how a layer is coded: the split of its bits and the size of its tiles, for a profile."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rans_kernels.coder.tables import entropy
-from rans_kernels.format import SPLITS, Split
+from rans_kernels.format import SPLITS, UNIT_COLUMNS, Split, TileLayout
 
 WEIGHT_RATE = {8: 1.3e12, 4: 2.05e12, 2: 2.9e12, 1: 4.1e12}
 """Weights a second that a fused kernel decodes on an H200, by coded bits: measured on the prototype
@@ -53,6 +53,38 @@ def choose_split(counts: NDArray[np.int64], profile: str) -> Split:
     return min(bits, key=lambda s: (seconds_per_weight(s, bits[s]), bits[s]))
 
 
-def choose_lanes(profile: str) -> int:
-    """Streams a tile: few cost few bits (states, and words padded to the longest), many decode in parallel."""
-    return {"compact": 32, "auto": 64, "fast": 256}[profile]
+def choose_probability_bits(split: Split) -> int:
+    """Precision of the frequencies: 12 where a symbol is one weight, a table of 16 KiB in a kernel's shared memory.
+
+    Otherwise 10: entries are twice as long, and a symbol's share of the bits is smaller.
+    """
+    return 12 if split.coded_bits == 8 else 10
+
+
+def choose_units(shape: tuple[int, int], profile: str) -> int:
+    """Units of a tile.
+
+    compact: 16, so that a lane's state, 32 bits, is shared by 512 weights. fast and auto: a power of two tiles a panel,
+    at most 16, for the warps that fill a GPU, of at least 8 units where the panel has them: 256 weights a state.
+
+    Args:
+        shape: (N, K) of the weight.
+        profile: compact, fast or auto.
+    """
+    if profile == "compact":
+        return 16
+    units = max(1, -(-shape[1] // UNIT_COLUMNS))
+    tiles = min(16, 1 << (max(1, units // 8).bit_length() - 1))
+    return -(-units // tiles)
+
+
+def choose_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str) -> TileLayout:
+    """Everything about how a layer is coded.
+
+    Args:
+        counts: histogram of the weights from -128 to 127, [256].
+        shape: (N, K) of the weight.
+        profile: compact, fast or auto.
+    """
+    split = choose_split(counts, profile)
+    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split))

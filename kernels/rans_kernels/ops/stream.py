@@ -1,78 +1,109 @@
-"""Reading a tile's streams in portable Triton: what the decode and the fused kernel share.
+"""Reading tiles in portable Triton: what the decode and the fused kernel share.
 
-A program handles one tile, with one element of every block for each of the tile's lanes. Only `tl` is used, so this
-runs on any GPU that Triton has a backend for, and under the interpreter.
+A program decodes TILES tiles, a warp each. States are [TILES, 32], the weights of half a unit [TILES, 32 lanes, 2 rows,
+8 columns]. Only `tl` is used, so this runs on any GPU that Triton has a backend for, and under the interpreter.
 """
 
 import triton
 import triton.language as tl
 
+TILES = 4
+"""Tiles, and warps, of a program."""
+
 
 @triton.jit
-def open_tile(stream, offsets, tile, N, K, tiles_k, RAW: tl.constexpr, GROUPS: tl.constexpr):
-    """State, raw row, word row and end of every lane of a tile, and the rows and columns its group begins at.
+def open_tiles(heads, offsets, tile, N, K, UNITS: tl.constexpr, RAW: tl.constexpr):
+    """What it takes to decode some tiles, all but `state` [TILES, 1]; UNITS: of a tile, at most those of a panel.
 
-    Rows are counted in 64 bytes, as in the file. A group outside the matrix has nothing stored: its lanes never go
-    live.
+    state: uint32 [TILES, 32]. raw: the tile's raw planes. word, end: its words. n, k: first row and column; stop: the
+    column behind its last. A tile beyond the matrix has no columns and no words. across: its number along K.
     """
-    BLOCKS: tl.constexpr = 16 // GROUPS if GROUPS < 16 else 1
-    ACROSS: tl.constexpr = 8 if GROUPS < 32 else 4
-    tid = tl.arange(0, 32 * GROUPS)
-    group, lane = tid // 32, tid % 32
-    row = tl.load(offsets + tile * GROUPS + group).to(tl.int64)
-    end = tl.load(offsets + tile * GROUPS + group + 1).to(tl.int64)
-    n0 = (tile // tiles_k) * 256 + (group // (8 // ACROSS)) * BLOCKS * 16
-    k0 = (tile % tiles_k) * 256 + (group % (8 // ACROSS)) * ACROSS * 32
-    state = tl.load(stream + row * 16 + lane, mask=end > row, other=0).to(tl.uint32, bitcast=True)
-    rows = tl.minimum(tl.maximum((N - n0 + 15) // 16, 0), BLOCKS)
-    columns = tl.minimum(tl.maximum((K - k0 + 31) // 32, 0), ACROSS)
-    # units pair up down the rows, or along the columns where a group spans one block of rows
-    pairs = (rows + 1) // 2 * columns if BLOCKS > 1 else rows * ((columns + 1) // 2)
-    raw = row + 2
-    return state, raw, raw + 2 * RAW * pairs, end, n0, k0
+    tile = tile.to(tl.int64)
+    panel_units = (K + 63) // 64
+    tiles_k = (panel_units + UNITS - 1) // UNITS
+    panel, across = tile // tiles_k, tile % tiles_k
+    inside = panel * 16 < N
+    row = panel * (tiles_k + panel_units * RAW) + across * (1 + UNITS * RAW)
+    state = tl.load(heads + row * 32 + tl.arange(0, 32)[None, :], mask=inside, other=0).to(tl.uint32, bitcast=True)
+    word = tl.load(offsets + tile, mask=inside, other=0).to(tl.int64) * 8
+    end = tl.load(offsets + tile + 1, mask=inside, other=0).to(tl.int64) * 8
+    k = across * UNITS * 64
+    stop = tl.where(inside, tl.minimum(k + UNITS * 64, K), k)
+    return state, heads + (row + 1) * 32, word, end, panel * 16, k, stop, across
 
 
 @triton.jit
-def next_symbol(stream, table, state, word, end, lane, live, PROBABILITY_BITS: tl.constexpr):
-    """One rANS step of every live lane: state, word row and symbol.
+def next_symbol(words, table, state, word, end, PROBABILITY_BITS: tl.constexpr):
+    """One rANS step of every lane: states, the tiles' next words [TILES, 1], symbols.
 
-    A word beyond the group's end reads as zero, so that a damaged stream decodes to something but touches nothing
-    outside.
+    Lanes that run short take the next words in ascending order. A word beyond the tile's end reads as zero, so that a
+    damaged stream decodes to something but touches nothing outside.
     """
     slot = state & ((1 << PROBABILITY_BITS) - 1)
     entry = tl.load(table + slot).to(tl.uint32, bitcast=True)
     following = (((entry >> 8) & 0xFFF) + 1) * (state >> PROBABILITY_BITS) + (entry >> 20)
-    short = live & (following < 65536)
-    words = stream.to(tl.pointer_type(tl.uint16))
-    read = tl.load(words + word * 32 + lane, mask=short & (word < end), other=0).to(tl.uint32)
-    following = tl.where(short, (following << 16) | read, following)
-    return tl.where(live, following, state), word + short.to(tl.int64), entry & 0xFF
+    short = following < 65536
+    at = word + tl.cumsum(short.to(tl.int32), 1) - 1
+    read = tl.load(words.to(tl.pointer_type(tl.uint16)) + at, mask=short & (at < end), other=0).to(tl.uint32)
+    state = tl.where(short, (following << 16) | read, following)
+    return state, word + tl.sum(short.to(tl.int32), 1, keep_dims=True), entry & 0xFF
 
 
 @triton.jit
-def raw_bits(stream, raw, lane, live, half, weight, RAW: tl.constexpr):
-    """Raw bits of weight 4 j + i in unit `half` of the pair whose raw plane starts at row `raw`."""
-    j, i = weight // 4, weight % 4
-    plane = stream + raw * 16 + lane
-    bits = tl.zeros_like(lane).to(tl.uint32)
+def coded_bits(words, table, state, word, end, CODED: tl.constexpr, PROBABILITY_BITS: tl.constexpr):
+    """Coded bits of the next 8 weights of every lane, packed lowest first: states, next words, uint64 [TILES, 32]."""
+    packed = tl.zeros_like(state).to(tl.uint64)
+    for s in range(CODED):
+        state, word, symbol = next_symbol(words, table, state, word, end, PROBABILITY_BITS)
+        packed |= symbol.to(tl.uint64) << (8 * s)
+    return state, word, packed
+
+
+@triton.jit
+def raw_bits(plane, half, live, RAW: tl.constexpr):
+    """Raw bits of half a unit from its raw plane [TILES, 1]: uint32, broadcasts to [TILES, 32, 2, 8]."""
+    plane, live = plane[:, :, None, None], live[:, :, None, None]
+    lane = tl.arange(0, 32)[None, :, None, None]
+    row = tl.arange(0, 2)[None, None, :, None]
+    column = tl.arange(0, 8)[None, None, None, :]
+    j, i = column // 4, column % 4
+    bits = tl.zeros([1, 1, 1, 1], tl.uint32)
     if RAW & 4:
-        packed = tl.load(plane + (2 * half + j // 2) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
-        bits = (packed >> (8 * i + 4 * (j % 2))) & 15
+        field = tl.load(plane + 4 * lane + 2 * half + row, mask=live, other=0).to(tl.uint32, bitcast=True)
+        bits = (field >> (8 * i + 4 * j)) & 15
     if RAW & 2:
-        packed = tl.load(plane + ((RAW & 4) + half) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
-        bits = bits | (((packed >> (8 * i + 2 * j)) & 3) << (RAW & 4))
+        field = tl.load(plane + 32 * (RAW & 4) + 2 * lane + half, mask=live, other=0).to(tl.uint32, bitcast=True)
+        bits = bits | (((field >> (8 * i + 4 * row + 2 * j)) & 3) << (RAW & 4))
     if RAW & 1:
-        packed = tl.load(plane + (RAW - 1) * 32, mask=live, other=0).to(tl.uint32, bitcast=True)
-        bits = bits | (((packed >> (8 * i + 4 * half + j)) & 1) << (RAW - 1))
+        field = tl.load(plane + 32 * (RAW & 6) + lane, mask=live, other=0).to(tl.uint32, bitcast=True)
+        bits = bits | (((field >> (8 * i + 4 * half + 2 * row + j)) & 1) << (RAW & 6))
     return bits
 
 
 @triton.jit
-def weight_value(symbol, raw, PLACE: tl.constexpr, CODED: tl.constexpr, RAW: tl.constexpr):
-    """The weight at PLACE of a symbol, from its coded and raw bits (format.Split)."""
-    coded = (symbol >> (PLACE * CODED)) & ((1 << CODED) - 1)
+def next_weights(
+    words, table, raw, state, word, end, unit, half, live,
+    CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr,
+):  # fmt: skip
+    """Half a unit: states, next words, and weights int32 [TILES, 32, 2, 8] (format.Split)."""
+    state, word, upper = coded_bits(words, table, state, word, end, CODED, PROBABILITY_BITS)
+    state, word, lower = coded_bits(words, table, state, word, end, CODED, PROBABILITY_BITS)
+    column = tl.arange(0, 8)[None, None, None, :]
+    packed = tl.join(upper, lower)[:, :, :, None] >> (CODED * column).to(tl.uint64)
+    coded = packed.to(tl.uint32) & ((1 << CODED) - 1)
+    bits = raw_bits(raw + unit * 32 * RAW, half, live, RAW)
     if CODED == 1:
         HALF_RANGE: tl.constexpr = 1 << (RAW - 1)
-        return ((raw + HALF_RANGE) ^ (coded << (RAW - 1))).to(tl.int32) - 2 * HALF_RANGE
+        value = ((bits + HALF_RANGE) ^ (coded * HALF_RANGE)).to(tl.int32) - 2 * HALF_RANGE
     else:
-        return ((coded << RAW) | raw).to(tl.int32) - (1 << (CODED + RAW - 1))
+        value = ((coded << RAW) | bits).to(tl.int32) - (1 << (CODED + RAW - 1))
+    return state, word, value
+
+
+@triton.jit
+def places(n, k, unit, half):
+    """Rows [TILES, 32, 2, 1] and columns [TILES, 32, 1, 8] of half a unit's weights, given the tiles' first ones."""
+    lane = tl.arange(0, 32)[None, :, None, None]
+    rows = n[:, :, None, None] + lane // 4 + 8 * tl.arange(0, 2)[None, None, :, None]
+    first = k[:, :, None, None] + 64 * unit + 32 * half
+    return rows, first + 8 * (lane % 4) + tl.arange(0, 8)[None, None, None, :]

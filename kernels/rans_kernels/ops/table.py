@@ -1,7 +1,9 @@
-"""The slot table that kernels look symbols up in."""
+"""The tables that kernels look a state's slot up in."""
 
 import torch
 from torch import Tensor
+
+from rans_kernels.format import Split
 
 
 def slot_table(freqs: Tensor) -> Tensor:
@@ -22,6 +24,36 @@ def slot_table(freqs: Tensor) -> Tensor:
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
 
 
-def table_frequencies(table: Tensor) -> Tensor:
-    """The frequencies int16 [256] that a slot table was made from."""
-    return torch.bincount(table & 0xFF, minlength=256).to(torch.int16)
+def warp_table(freqs: Tensor, split: Split) -> Tensor:
+    """What a rANS step of the warp-level kernels needs of every slot, coded bits where a weight has them.
+
+    Args:
+        freqs: int16 [256], adding up to 2 ** probability_bits.
+        split: says where coded bits go.
+
+    Returns:
+        int32 [slots, 2]: frequency << 16 | offset in the symbol, and the coded bits in the bytes of their weights
+        (C = 1: of weights 4 to 7 one bit higher). For coded_bits 8 int32 [slots, 1]: frequency << 20 | offset << 8 |
+        symbol.
+    """
+    freq = freqs.to(torch.int64)
+    symbol = torch.repeat_interleave(torch.arange(256, device=freqs.device), freq)
+    start = freq.cumsum(0) - freq
+    offset = torch.arange(len(symbol), device=freqs.device) - start[symbol]
+    if split.coded_bits == 8:
+        # a frequency of 2 ** 12 overflows to 0: it is that of the only symbol, which any state finds
+        entries = [(freq[symbol] & 0xFFF) << 20 | offset << 8 | symbol]
+    else:
+        place = torch.zeros_like(symbol)
+        for weight in range(split.symbol_weights):
+            coded = symbol >> (weight * split.coded_bits) & ((1 << split.coded_bits) - 1)
+            bit = (
+                8 * weight + split.raw_bits
+                if split.coded_bits > 1
+                else 8 * (weight % 4) + split.raw_bits - 1 + weight // 4
+            )
+            place |= coded << bit
+        entries = [freq[symbol] << 16 | offset, place]
+    table = torch.stack(entries, dim=1)
+    # two's complement: the top bit is the sign
+    return torch.where(table >= 1 << 31, table - (1 << 32), table).to(torch.int32)

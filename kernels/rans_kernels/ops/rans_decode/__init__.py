@@ -1,5 +1,5 @@
 """Compressed weights to plain INT8."""
 
-from rans_kernels.ops.rans_decode.op import rans_decode
+from rans_kernels.ops.rans_decode.op import rans_decode, rans_dequantize
 
-__all__ = ["rans_decode"]
+__all__ = ["rans_decode", "rans_dequantize"]

@@ -1,32 +1,44 @@
-"""`rans_decode`: compressed weights to plain INT8."""
+"""`rans_decode`: compressed weights to plain INT8, or to the weights they stand for."""
 
 import torch
 from torch import Tensor
 
 from rans_kernels.coder import decode_tiles
-from rans_kernels.format import TileLayout
-from rans_kernels.ops.table import table_frequencies
+from rans_kernels.dense import dequantize
+from rans_kernels.ops.coded import CodedWeight, backend_of
 
 
-@torch.compiler.disable
-def rans_decode(stream: Tensor, offsets: Tensor, table: Tensor, layout: TileLayout) -> Tensor:
-    """Decode a weight matrix on the device its stream is on.
-
-    Args:
-        stream: int32 [rows, 16].
-        offsets: int32 [tiles * groups + 1].
-        table: int32 [2 ** probability_bits], from `slot_table`.
-        layout: shape, split, lanes and precision.
-
-    Returns:
-        int8 [N, K].
+def rans_decode(weight: CodedWeight) -> Tensor:
+    """Decode to int8 [N, K] on the weight's device.
 
     Raises:
-        FormatError: on the CPU, a damaged stream. Kernels on a GPU stay inside the stream but do not report.
+        FormatError: on the CPU, a damaged stream. Kernels on a GPU stay inside the tensors but do not report.
     """
-    if stream.device.type == "cpu":
-        freqs = table_frequencies(table)
-        return torch.from_numpy(decode_tiles(layout, stream.numpy(), offsets.numpy(), freqs.numpy()))
-    from rans_kernels.ops.rans_decode.triton import rans_decode_triton
+    match backend_of(weight.heads.device):
+        case "cpu":
+            heads, words, offsets = weight.heads.numpy(), weight.words.numpy(), weight.offsets.numpy()
+            return torch.from_numpy(decode_tiles(weight.layout, heads, words, offsets, weight.table.numpy()))
+        case "gluon":
+            from rans_kernels.ops.rans_decode.gluon import rans_decode_gluon
 
-    return rans_decode_triton(stream, offsets, table, layout)
+            return rans_decode_gluon(weight)
+        case _:
+            from rans_kernels.ops.rans_decode.triton import rans_decode_triton
+
+            return rans_decode_triton(weight.heads, weight.words, weight.offsets, weight.table, weight.layout)
+
+
+def rans_dequantize(weight: CodedWeight, scale: Tensor, dtype: torch.dtype, group_size: int | None = None) -> Tensor:
+    """The weights a layer computes with, [N, K] in `dtype`: `dense.dequantize` of the integers, to the bit.
+
+    Args:
+        weight: of one matrix.
+        scale: float32, see `dense.expand_scale`.
+        dtype: of the result.
+        group_size: columns that share a scale, or None.
+    """
+    if group_size is None and dtype != torch.float32 and backend_of(weight.heads.device) == "gluon":
+        from rans_kernels.ops.rans_decode.gluon import rans_decode_gluon
+
+        return rans_decode_gluon(weight, scale, dtype)
+    return dequantize(rans_decode(weight), scale, dtype, group_size)

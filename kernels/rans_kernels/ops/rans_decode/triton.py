@@ -1,4 +1,4 @@
-"""Portable Triton kernel: decode a matrix to INT8, one program a tile."""
+"""Portable Triton kernel: decode a matrix to INT8."""
 
 import torch
 import triton
@@ -6,48 +6,37 @@ import triton.language as tl
 from torch import Tensor
 
 from rans_kernels.format import TileLayout
-from rans_kernels.ops.stream import next_symbol, open_tile, raw_bits, weight_value
+from rans_kernels.ops.stream import TILES, next_weights, open_tiles, places
 
 
 @triton.jit
 def rans_decode_kernel(
-    stream, offsets, table, out, N, K, tiles_k,
-    CODED: tl.constexpr, RAW: tl.constexpr, GROUPS: tl.constexpr, PROBABILITY_BITS: tl.constexpr,
+    heads, words, offsets, table, out, N, K,
+    UNITS: tl.constexpr, CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write tile program_id(0) of int8 `out` [N, K]."""
-    BLOCKS: tl.constexpr = 16 // GROUPS if GROUPS < 16 else 1
-    UNITS: tl.constexpr = 128 // GROUPS
-    PLACES: tl.constexpr = 8 // CODED
-    tile = tl.program_id(0)
-    lane = tl.arange(0, 32 * GROUPS) % 32
-    state, raw, word, end, n0, k0 = open_tile(stream, offsets, tile, N, K, tiles_k, RAW, GROUPS)
-    for pair in range(UNITS // 2):
-        any_live = lane < 0
+    """Write tiles program_id(0) * TILES ... of int8 `out` [N, K]."""
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None]
+    state, raw, word, end, n0, k0, stop, _ = open_tiles(heads, offsets, tile, N, K, UNITS, RAW)
+    for unit in range(UNITS):
+        live = k0 + unit * 64 < stop
         # loops stay loops: unrolled, a kernel takes half a minute to compile
         for half in range(2):
-            unit = 2 * pair + half
-            unit_n, unit_k = n0 + unit % BLOCKS * 16, k0 + unit // BLOCKS * 32
-            live = (unit_n < N) & (unit_k < K)
-            any_live = any_live | live
-            for s in range(2 * CODED):
-                state, word, symbol = next_symbol(stream, table, state, word, end, lane, live, PROBABILITY_BITS)
-                for b in tl.static_range(PLACES):
-                    e = s * PLACES + b
-                    value = weight_value(symbol, raw_bits(stream, raw, lane, live, half, e, RAW), b, CODED, RAW)
-                    n = unit_n + lane // 4 + 8 * (e % 4 // 2)
-                    k = unit_k + 2 * (lane % 4) + e // 4 * 8 + e % 2
-                    tl.store(out + n.to(tl.int64) * K + k, value.to(tl.int8), mask=live & (n < N) & (k < K))
-        raw += 2 * RAW * any_live.to(tl.int64)
+            state, word, value = next_weights(
+                words, table, raw, state, word, end, unit, half, live, CODED, RAW, PROBABILITY_BITS
+            )
+            n, k = places(n0, k0, unit, half)
+            mask = (n < N) & (k < stop[:, :, None, None])
+            tl.store(out + n * K + k, value.to(tl.int8), mask=mask)
 
 
-def rans_decode_triton(stream: Tensor, offsets: Tensor, table: Tensor, layout: TileLayout) -> Tensor:
-    """Decode to int8 [N, K] on the stream's device. Arguments as `rans_decode`."""
+def rans_decode_triton(heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, layout: TileLayout) -> Tensor:
+    """Decode to int8 [N, K] on the heads' device. Arguments as `rans_decode`."""
     n, k = layout.shape
-    out = torch.empty(n, k, dtype=torch.int8, device=stream.device)
+    out = torch.empty(n, k, dtype=torch.int8, device=heads.device)
     if layout.tiles:
-        rans_decode_kernel[(layout.tiles,)](
-            stream, offsets, table, out, n, k, layout.tile_grid[1],
-            CODED=layout.split.coded_bits, RAW=layout.split.raw_bits, GROUPS=layout.groups,
-            PROBABILITY_BITS=layout.probability_bits, num_warps=min(layout.groups, 8),
+        rans_decode_kernel[(triton.cdiv(layout.tiles, TILES),)](
+            heads, words, offsets, table, out, n, k, UNITS=min(layout.units, layout.panel_units),
+            CODED=layout.split.coded_bits, RAW=layout.split.raw_bits, PROBABILITY_BITS=layout.probability_bits,
+            TILES=TILES, num_warps=TILES,
         )  # fmt: skip
     return out

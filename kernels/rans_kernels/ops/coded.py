@@ -1,0 +1,72 @@
+"""A coded weight as the kernels take it, and which kernels a device has."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rans_kernels.format import Split, TileLayout
+from rans_kernels.ops.table import slot_table, warp_table
+
+
+@lru_cache
+def backend_of(device: torch.device) -> str:
+    """Kernels of a device: `gluon` on NVIDIA GPUs since Ampere, `triton` (portable) on others, `cpu`."""
+    if device.type == "cpu":
+        return "cpu"
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return "gluon" if nvidia and torch.cuda.get_device_capability(device) >= (8, 0) else "triton"
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """The arrays of one weight on one device, checked, with what the kernels derive from them.
+
+    Attributes:
+        heads: int32 [layout.head_rows, 32].
+        words: int16 [rows, 8].
+        offsets: int32 [tiles + 1].
+        table: what the device's kernels look slots up in, see `table.py`; on the CPU the frequencies, int16 [256].
+        layout: shape, split, units and precision.
+        word_rows: rows of words of the largest tile.
+    """
+
+    heads: Tensor
+    words: Tensor
+    offsets: Tensor
+    table: Tensor
+    layout: TileLayout
+    word_rows: int
+
+    @classmethod
+    def check(cls, heads: Tensor, words: Tensor, offsets: Tensor, freqs: Tensor, layout: TileLayout) -> "CodedWeight":
+        """Check what the kernels rely on, on the host, and make the table.
+
+        Raises:
+            FormatError: a decoder could leave heads or words.
+        """
+        rows = offsets.cpu().numpy()
+        layout.check(len(heads), len(words), rows, freqs.cpu().numpy())
+        backend = backend_of(heads.device)
+        table = freqs
+        if backend != "cpu":
+            table = warp_table(freqs, layout.split) if backend == "gluon" else slot_table(freqs)
+        largest = int((rows[1:] - rows[:-1]).max(initial=0))
+        return cls(heads, words, offsets, table, layout, largest)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Everything that is no tensor, as custom operators take it."""
+        layout = self.layout
+        return [
+            *layout.shape, layout.split.coded_bits, layout.split.raw_bits, layout.units, layout.probability_bits,
+            self.word_rows,
+        ]  # fmt: skip
+
+    @classmethod
+    def of(cls, heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, numbers: list[int]) -> "CodedWeight":
+        """Put together again what a custom operator was given."""
+        n, k, coded, raw, units, precision, word_rows = numbers
+        layout = TileLayout((n, k), Split(coded, raw), units, precision)
+        return cls(heads, words, offsets, table, layout, word_rows)

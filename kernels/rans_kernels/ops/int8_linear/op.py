@@ -1,0 +1,40 @@
+"""`int8_linear_tiled`: what `rans_linear` computes, from plain INT8 weights."""
+
+import torch
+from torch import Tensor
+
+from rans_kernels.dense import int8_linear
+from rans_kernels.ops.coded import backend_of
+from rans_kernels.ops.rans_linear.op import uses_fused_kernel
+
+
+@torch.library.custom_op("rans_kernels::int8_linear", mutates_args=())
+def int8_linear_tiled(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, units: int, group_size: int | None = None
+) -> Tensor:
+    """Multiply by an INT8 weight, each sum added up as `rans_linear` adds it, to the bit.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16.
+        weight: int8 [N, K].
+        scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)].
+        bias: [N] or None.
+        units: of a tile of the coded weight.
+        group_size: columns that share a scale; None unless per group.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if backend_of(x.device) == "gluon" and uses_fused_kernel(len(rows), x.device, x.dtype, group_size):
+        from rans_kernels.ops.int8_linear.gluon import int8_linear_gluon
+
+        y = int8_linear_gluon(rows, weight, scale, bias, units)
+    else:
+        y = int8_linear(rows, weight, scale, bias, group_size)
+    return y.reshape(*x.shape[:-1], len(weight))
+
+
+@int8_linear_tiled.register_fake
+def _(x, weight, scale, bias, units, group_size=None):
+    return x.new_empty(*x.shape[:-1], len(weight))

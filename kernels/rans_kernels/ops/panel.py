@@ -1,0 +1,87 @@
+"""The product of a panel, 16 rows of W, with up to 64 rows of x: what the fused and the dense kernel share.
+
+Sums of a tile are one chain of MMAs; the tiles' sums are added in ascending order in shared memory. The order depends
+on the tiles alone, not on launch, batch or schedule: a row of x gets the same bits in any batch, and the two kernels
+agree to the bit.
+"""
+
+# tuples grow in loops that are unrolled
+# mypy: disable-error-code="assignment"
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from rans_kernels.ops.simt import load_global, load_shared, mma, store_shared2
+from rans_kernels.ops.warp import operands
+
+
+@gluon.jit
+def load_x(pointer, on, COLUMN_BLOCKS: gl.constexpr, stride):
+    """B operands of half a unit (32 columns): eight values of this lane's row of x in each block of 8 rows."""
+    x = ()
+    for n in gl.static_range(COLUMN_BLOCKS):
+        x = x + (load_global(pointer + (8 * n * stride).to(gl.uint64), on[n], 4),)
+    return x
+
+
+@gluon.jit
+def multiply_half(c, u, x, COLUMN_BLOCKS: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, DTYPE: gl.constexpr):
+    """Add 16 rows x 32 columns: u holds the codes of this lane's words (row g, row g + 8) x (columns 0-3, 4-7)."""
+    g = operands(u[0], CODED, RAW, DTYPE) + operands(u[1], CODED, RAW, DTYPE)
+    h = operands(u[2], CODED, RAW, DTYPE) + operands(u[3], CODED, RAW, DTYPE)
+    sums = ()
+    for n in gl.static_range(COLUMN_BLOCKS):
+        part = mma(c[n], (g[0], h[0], g[1], h[1]), x[n][0], x[n][1], DTYPE)
+        sums = sums + (mma(part, (g[2], h[2], g[3], h[3]), x[n][2], x[n][3], DTYPE),)
+    return sums
+
+
+@gluon.jit
+def store_partial(address, c, lane, COLUMN_BLOCKS: gl.constexpr):
+    """A tile's sums to shared memory as [16, 8 * COLUMN_BLOCKS] float32."""
+    ROW: gl.constexpr = 32 * COLUMN_BLOCKS
+    at = address + (lane // 4) * ROW + (lane % 4) * 8
+    for n in gl.static_range(COLUMN_BLOCKS):
+        store_shared2(at + 32 * n, c[n][0], c[n][1])
+        store_shared2(at + 32 * n + 8 * ROW, c[n][2], c[n][3])
+
+
+@gluon.jit
+def finish_panel(partial, tiles, scale, bias, y, tid, panel, M, N, scale_stride, COLUMN_BLOCKS: gl.constexpr,
+                 WARPS: gl.constexpr, HAS_BIAS: gl.constexpr):  # fmt: skip
+    """Add the tiles' sums in ascending order, scale, add the bias and store y [M, N]."""
+    SIZE: gl.constexpr = 128 * COLUMN_BLOCKS
+    THREADS: gl.constexpr = 32 * WARPS
+    for i in gl.static_range((SIZE + THREADS - 1) // THREADS):
+        at = i * THREADS + tid
+        total = gl.full_like(tid, 0).to(gl.float32)
+        for t in range(0, tiles):
+            total += load_shared(partial + t * (4 * SIZE) + ((at % SIZE) * 4).to(gl.uint32), 1)[0].to(
+                gl.float32, bitcast=True
+            )
+        n = panel * 16 + at % SIZE // (8 * COLUMN_BLOCKS)
+        m = at % (8 * COLUMN_BLOCKS)
+        inside = (at < SIZE) & (m < M) & (n < N)
+        total *= gl.load(scale + n * scale_stride, mask=inside, other=0.0)
+        if HAS_BIAS:
+            total += gl.load(bias + n, mask=inside, other=0.0).to(gl.float32)
+        gl.store(y + m.to(gl.int64) * N + n, total.to(y.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def only(flags, condition, COUNT: gl.constexpr):
+    """The flags where the condition holds, else 0."""
+    out = ()
+    for n in gl.static_range(COUNT):
+        out = out + (flags[n] * condition.to(gl.uint32),)
+    return out
+
+
+def pad_columns(tensor: Tensor) -> Tensor:
+    """The tensor with columns of zeros up to a multiple of 64, contiguous and 16-byte aligned; itself where it is."""
+    missing = -tensor.shape[1] % 64
+    if missing or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        return torch.nn.functional.pad(tensor, (0, missing)).contiguous()
+    return tensor

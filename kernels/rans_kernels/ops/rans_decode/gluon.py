@@ -1,0 +1,151 @@
+"""Decode kernel for NVIDIA GPUs: a warp a tile, weights written once, eight bytes of a row at a time."""
+
+# tuples grow in loops that are unrolled
+# mypy: disable-error-code="assignment"
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.ops.simt import (
+    block_barrier,
+    execute,
+    load_global,
+    shared_base,
+    shared_pieces,
+    store_global,
+    thread_layout,
+    wait_text,
+    word_buffer_bytes,
+)
+from rans_kernels.ops.warp import (
+    codes,
+    entry_words,
+    load_raw,
+    next_word,
+    raw_bits,
+    scaled,
+    signed,
+    stage_raw,
+    stage_table,
+    stage_words,
+)
+
+
+@gluon.jit
+def rans_decode_kernel(
+    heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride,
+    CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    WORD_BYTES: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+):  # fmt: skip
+    """Write tiles program_id(0) * WARPS ... of `out` [N, K]; K a multiple of 8. `total`: tiles of the matrix.
+
+    `out` is int8, or float16 or bfloat16 and then weight * scale in float32, rounded once.
+    """
+    L: gl.constexpr = thread_layout(WARPS)
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
+    STAGE_BYTES: gl.constexpr = 128 * RAW
+    tid = gl.arange(0, 32 * WARPS, layout=L)
+    lane = (tid % 32).to(gl.uint32)
+    warp = tid // 32
+    piece0 = gl.allocate_shared_memory(gl.int32, [SHARED0], SHARED)
+    piece1 = gl.allocate_shared_memory(gl.int32, [SHARED1], SHARED)
+    piece2 = gl.allocate_shared_memory(gl.int32, [SHARED2], SHARED)
+    base = shared_base(tid)
+    cursor = base + TABLE_BYTES + (warp * WORD_BYTES).to(gl.uint32)
+    ring = base + TABLE_BYTES + WARPS * WORD_BYTES + (warp * (STAGES * STAGE_BYTES)).to(gl.uint32)
+    tile = gl.program_id(0) * WARPS + warp
+    panel, across = tile // tiles, tile % tiles
+    left = gl.where(tile < total, gl.minimum(panel_units - across * units, units), 0)
+    head_row = panel.to(gl.int64) * (tiles + panel_units * RAW) + across * (1 + units * RAW)
+    head = (heads + head_row * 32).to(gl.uint64)
+    state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
+    stage_table(base, table, tid, TABLE_BYTES, WARPS)
+    stage_words(cursor, words, offsets, tile, total, lane, WORD_BYTES)
+    execute(tid, "cp.async.commit_group;")
+    raw = head + 128
+    for s in gl.static_range(STAGES - 1):
+        stage_raw(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW)
+        execute(tid, "cp.async.commit_group;")
+    execute(tid, wait_text(STAGES - 1))
+    block_barrier()
+    below = (gl.full_like(lane, 1) << lane) - 1
+    row = panel * 16 + (lane // 4).to(gl.int32)
+    column = across * units * 64 + (lane % 4).to(gl.int32) * 8
+    SIZE: gl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
+    to = (out + row.to(gl.int64) * K + column).to(gl.uint64)
+    lower = (gl.full_like(lane, 8 * SIZE) * K).to(gl.uint64)
+    if SIZE == 2:
+        DTYPE: gl.constexpr = "bf16" if out.dtype.element_ty == gl.bfloat16 else "f16"
+        upper_scale = gl.load(scale + row * scale_stride, mask=row < N, other=0.0)
+        lower_scale = gl.load(scale + (row + 8) * scale_stride, mask=row + 8 < N, other=0.0)
+    take = ring
+    give = ring + (STAGES - 1) * STAGE_BYTES
+    carry = state
+    for unit in range(0, units):
+        execute(tid, wait_text(STAGES - 2))
+        four, two, single = load_raw(take, lane, RAW)
+        stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW)
+        execute(tid, "cp.async.commit_group;")
+        give = take
+        take += STAGE_BYTES
+        take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
+        raw += STAGE_BYTES
+        u = ()
+        for j in gl.static_range(8):
+            state, cursor, coded, carry = next_word(state, cursor, base, below, j, carry, CODED, RAW, PRECISION)
+            u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
+        for h in gl.static_range(2):
+            inside = (unit < left) & (column + 32 * h < K)
+            upper_on = (inside & (row < N)).to(gl.uint32)
+            lower_on = (inside & (row + 8 < N)).to(gl.uint32)
+            at = to + 32 * SIZE * h
+            if SIZE == 1:
+                store_global(at, (signed(u[4 * h], CODED, RAW), signed(u[4 * h + 1], CODED, RAW)), upper_on)
+                store_global(at + lower, (signed(u[4 * h + 2], CODED, RAW), signed(u[4 * h + 3], CODED, RAW)), lower_on)
+            else:
+                store_global(at, scaled(u[4 * h], upper_scale, CODED, RAW, DTYPE)
+                             + scaled(u[4 * h + 1], upper_scale, CODED, RAW, DTYPE), upper_on)  # fmt: skip
+                store_global(at + lower, scaled(u[4 * h + 2], lower_scale, CODED, RAW, DTYPE)
+                             + scaled(u[4 * h + 3], lower_scale, CODED, RAW, DTYPE), lower_on)  # fmt: skip
+        to += 64 * SIZE
+        column += 64
+    block_barrier()
+    # the one store that Gluon sees: it declares the shared memory that the assembly above addresses
+    piece0.slice(0, 32 * WARPS).store(tid)
+    piece1._keep_alive()
+    piece2._keep_alive()
+
+
+def rans_decode_gluon(
+    weight: CodedWeight, scale: Tensor | None = None, dtype: torch.dtype = torch.int8, warps: int = 4, stages: int = 3
+) -> Tensor:
+    """Decode to [N, K]: the integers, or times the scale in float16 or bfloat16.
+
+    Args:
+        weight: of one matrix.
+        scale: float32 [1, 1] or [N, 1]; needed unless dtype is int8.
+        dtype: int8, float16 or bfloat16.
+        warps: of a block.
+        stages: of the ring that raw bits pass through.
+    """
+    layout, (n, k) = weight.layout, weight.layout.shape
+    word_bytes = word_buffer_bytes(weight.word_rows)
+    runs_on = 64 * layout.units * layout.unit_symbols
+    ring = warps * stages * 128 * layout.split.raw_bits
+    pieces = shared_pieces(weight.table.nbytes + warps * word_bytes + max(ring, runs_on))
+    # eight columns are stored at once
+    out = torch.empty(n, -(-k // 8) * 8, dtype=dtype, device=weight.heads.device)
+    factor = weight.table if scale is None else scale
+    if layout.tiles:
+        rans_decode_kernel[(-(-layout.tiles // warps),)](
+            weight.heads, weight.words, weight.offsets, weight.table, factor, out, n, out.shape[1], layout.grid[1],
+            layout.units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
+            CODED=layout.split.coded_bits, RAW=layout.split.raw_bits, PRECISION=layout.probability_bits,
+            WARPS=warps, STAGES=stages, WORD_BYTES=word_bytes,
+            SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps,
+        )  # fmt: skip
+    return out if out.shape[1] == k else out[:, :k].contiguous()

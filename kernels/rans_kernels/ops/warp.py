@@ -1,0 +1,238 @@
+"""What one warp does with a tile, in registers: rANS steps, raw bits, and weights as MMA operands.
+
+The words of a tile lie in shared memory and are shared by the warp: a ballot says which lanes need one, and a lane's
+word is found by counting the lanes below it. See docs/format.md for the order of everything.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from rans_kernels.ops.simt import copy_async, load_shared, permute
+
+
+@gluon.constexpr_function
+def entry_words(coded):
+    """32-bit words of a table entry: one where a symbol is one weight, whose look-ups are many, else two."""
+    return 1 if coded == 8 else 2
+
+
+@gluon.constexpr_function
+def step_asm(coded, precision):
+    """One rANS step. Results: state, cursor, coded bits; operands: state, cursor, table, mask of the lanes below.
+
+    Entries: frequency << 16 | offset in the symbol, and the coded bits in place; or, where a symbol is one weight,
+    frequency << 20 | offset << 8 | symbol.
+    """
+    size = 4 * entry_words(coded)
+    if coded == 8:
+        look_up = "ld.shared.u32 $2, [a]; shr.u32 f, $2, 20; bfe.u32 o, $2, 8, 12;"
+    else:
+        look_up = "ld.shared.v2.u32 {o, $2}, [a]; shr.u32 f, o, 16; and.b32 o, o, 0xffff;"
+    return f"""{{
+    .reg .pred q; .reg .b32 a, f, o, x, m, n; .reg .b16 h;
+    and.b32 a, $3, {(1 << precision) - 1}; mad.lo.u32 a, a, {size}, $5;
+    {look_up}
+    shr.u32 x, $3, {precision}; mad.lo.u32 x, f, x, o;
+    setp.lt.u32 q, x, 65536;
+    vote.sync.ballot.b32 m, q, 0xffffffff;
+    and.b32 n, m, $6; popc.b32 n, n; mad.lo.u32 a, n, 2, $4;
+    @q ld.shared.u16 h, [a];
+    cvt.u32.u16 f, h;
+    @q prmt.b32 x, f, x, 0x5410;
+    popc.b32 n, m; mad.lo.u32 $1, n, 2, $4;
+    mov.u32 $0, x;
+    }}"""
+
+
+@gluon.jit
+def step(state, cursor, table, below, CODED: gl.constexpr, PRECISION: gl.constexpr):
+    """Next state, next cursor (shared address of the tile's next word), and the symbol's coded bits in place."""
+    return gl.inline_asm_elementwise(
+        step_asm(CODED, PRECISION), "=&r,=&r,=&r,r,r,r,r", [state, cursor, table, below],
+        dtype=(gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def next_word(
+    state, cursor, table, below, J: gl.constexpr, carry, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr
+):
+    """Coded bits, in place, of the four weights of word J; `carry` is the pattern that two words of C = 1 share."""
+    if CODED == 1:
+        MASK: gl.constexpr = 0x01010101 << (RAW - 1)
+        if J % 2 == 0:
+            state, cursor, carry = step(state, cursor, table, below, CODED, PRECISION)
+            coded = carry & MASK
+        else:
+            coded = (carry >> 1) & MASK
+    elif CODED == 2:
+        state, cursor, coded = step(state, cursor, table, below, CODED, PRECISION)
+    elif CODED == 4:
+        state, cursor, low = step(state, cursor, table, below, CODED, PRECISION)
+        state, cursor, high = step(state, cursor, table, below, CODED, PRECISION)
+        coded = permute(low, high, 0x5410)
+    else:
+        state, cursor, a = step(state, cursor, table, below, CODED, PRECISION)
+        state, cursor, b = step(state, cursor, table, below, CODED, PRECISION)
+        state, cursor, c = step(state, cursor, table, below, CODED, PRECISION)
+        state, cursor, d = step(state, cursor, table, below, CODED, PRECISION)
+        coded = permute(permute(a, b, 0x0040), permute(c, d, 0x0040), 0x5410)
+    return state, cursor, coded, carry
+
+
+@gluon.jit
+def stage_table(address, table, tid, BYTES: gl.constexpr, WARPS: gl.constexpr):
+    """Begin to copy the table, all threads of the block together."""
+    for i in gl.static_range((BYTES // 16 + 32 * WARPS - 1) // (32 * WARPS)):
+        at = i * 32 * WARPS + tid
+        inside = (at < BYTES // 16).to(gl.uint32)
+        copy_async(address + (at * 16).to(gl.uint32), (table + at * 4).to(gl.uint64), inside, 16)
+
+
+@gluon.jit
+def stage_words(address, words, offsets, tile, tiles, lane, WORD_BYTES: gl.constexpr):
+    """Begin to copy a tile's words."""
+    inside = tile < tiles
+    begin = gl.load(offsets + tile, mask=inside, other=0)
+    rows = gl.load(offsets + tile + 1, mask=inside, other=0) - begin
+    for first in range(0, WORD_BYTES // 16, 32):
+        at = first + lane.to(gl.int32)
+        copy_async(address + (at * 16).to(gl.uint32), (words + (begin + at).to(gl.int64) * 8).to(gl.uint64),
+                   (at < rows).to(gl.uint32), 16)  # fmt: skip
+
+
+@gluon.jit
+def stage_raw(address, pointer, lane, on, RAW: gl.constexpr):
+    """Begin to copy a unit's raw plane; each lane copies what it will read, so it need wait for nobody."""
+    BEHIND: gl.constexpr = 128 * (RAW & 4)
+    if RAW & 4:
+        copy_async(address + lane * 16, pointer + (lane * 16).to(gl.uint64), on, 16)
+    if RAW & 2:
+        copy_async(address + BEHIND + lane * 8, pointer + (BEHIND + lane * 8).to(gl.uint64), on, 8)
+    if RAW & 1:
+        LAST: gl.constexpr = 128 * (RAW - 1)
+        copy_async(address + LAST + lane * 4, pointer + (LAST + lane * 4).to(gl.uint64), on, 4)
+
+
+@gluon.jit
+def load_raw(address, lane, RAW: gl.constexpr):
+    """This lane's raw words of a unit: four of the 4-bit field, two of the 2-bit field, one of the 1-bit field."""
+    zero = gl.full_like(lane, 0)
+    four = (zero, zero, zero, zero)
+    two = (zero, zero)
+    one = zero
+    if RAW & 4:
+        four = load_shared(address + lane * 16, 4)
+    if RAW & 2:
+        two = load_shared(address + 128 * (RAW & 4) + lane * 8, 2)
+    if RAW & 1:
+        one = load_shared(address + 128 * (RAW - 1) + lane * 4, 1)[0]
+    return four, two, one
+
+
+@gluon.jit
+def place(word, BIT: gl.constexpr, TO: gl.constexpr, WIDTH: gl.constexpr):
+    """The WIDTH-bit field at BIT of every byte, moved to bit TO."""
+    MASK: gl.constexpr = 0x01010101 * (((1 << WIDTH) - 1) << TO)
+    if BIT > TO:
+        return (word >> (BIT - TO)) & MASK
+    elif BIT < TO:
+        return (word << (TO - BIT)) & MASK
+    else:
+        return word & MASK
+
+
+@gluon.jit
+def raw_bits(four, two, one, J: gl.constexpr, RAW: gl.constexpr):
+    """Raw bits of the four weights of word J, a byte each."""
+    bits = gl.full_like(one, 0)
+    if RAW & 4:
+        bits = place(four[J // 2], J % 2 * 4, 0, 4)
+    if RAW & 2:
+        bits = bits | place(two[J // 4], J % 4 * 2, RAW & 4, 2)
+    if RAW & 1:
+        bits = bits | place(one, J, RAW - 1, 1)
+    return bits
+
+
+@gluon.jit
+def codes(coded, raw, CODED: gl.constexpr, RAW: gl.constexpr):
+    """Weights plus their offset, a byte each, from coded and raw bits (format.Split)."""
+    if CODED == 1:
+        return (raw + (0x01010101 << (RAW - 1))) ^ coded
+    else:
+        return raw | coded
+
+
+@gluon.jit
+def signed(u, CODED: gl.constexpr, RAW: gl.constexpr):
+    """Codes of four weights to the weights, int8: each byte less the offset, by itself."""
+    if CODED + RAW == 8:
+        return u ^ 0x80808080
+    else:
+        # no byte borrows of the next: with bit 7 set, what is subtracted is less than what is there
+        OFFSET: gl.constexpr = 0x01010101 * (1 << (CODED + RAW - 1))
+        return ((u | 0x80808080) - OFFSET) ^ 0x80808080
+
+
+@gluon.constexpr_function
+def operand_asm(coded, raw, dtype):
+    """Four bytes to two registers of pairs, less the offset.
+
+    half: 0x6400 | u is 1024 + u. bfloat16: 0x4300 | u is 128 + u for u below 128; bit 7 comes in as 2 * 64.
+    """
+    offset = 1 << (coded + raw - 1)
+    if dtype == "f16":
+        bias = (0x6400 | offset) * 0x10001
+        return (
+            "{ .reg .b32 m, b; mov.b32 m, 0x64646464; "
+            f"mov.b32 b, {bias}; prmt.b32 $0, $2, m, 0x4140; prmt.b32 $1, $2, m, 0x4342; "
+            "sub.f16x2 $0, $0, b; sub.f16x2 $1, $1, b; }"
+        )
+    one, minus = 0x3F803F80, (0xC300 | offset & 0x7F) * 0x10001
+    if offset < 128:
+        return (
+            "{ .reg .b32 m, o, b; mov.b32 m, 0x43434343; "
+            f"mov.b32 o, {one}; mov.b32 b, {minus}; prmt.b32 $0, $2, m, 0x4140; prmt.b32 $1, $2, m, 0x4342; "
+            "fma.rn.bf16x2 $0, $0, o, b; fma.rn.bf16x2 $1, $1, o, b; }"
+        )
+    # 128 + low bits - 256, then 64 * 2 where bit 7 is set
+    half = (
+        "prmt.b32 h, $2, 0, {selector}; and.b32 l, h, 0x007f007f; or.b32 l, l, 0x43004300; "
+        "and.b32 h, h, 0x00800080; shl.b32 h, h, 7; fma.rn.bf16x2 l, l, o, b; fma.rn.bf16x2 {result}, h, s, l; "
+    )
+    return (
+        "{ .reg .b32 h, l, o, b, s; "
+        f"mov.b32 o, {one}; mov.b32 b, {0xC380 * 0x10001}; mov.b32 s, {0x4280 * 0x10001}; "
+        + half.format(selector="0x4140", result="$0")
+        + half.format(selector="0x4342", result="$1")
+        + "}"
+    )
+
+
+@gluon.jit
+def operands(u, CODED: gl.constexpr, RAW: gl.constexpr, DTYPE: gl.constexpr):
+    """Codes of four weights side by side to the two A registers they are: k halves 0 and 1."""
+    return gl.inline_asm_elementwise(
+        operand_asm(CODED, RAW, DTYPE), "=&r,=&r,r", [u], dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1
+    )
+
+
+@gluon.constexpr_function
+def scaled_asm(dtype):
+    """Four weights in two registers of half pairs, times a float32, to two registers of `dtype`, rounded once."""
+    halves = " ".join(
+        f"mov.b32 {{l, h}}, ${2 + i}; cvt.f32.f16 a, l; cvt.f32.f16 b, h; mul.f32 a, a, $4; mul.f32 b, b, $4; "
+        f"cvt.rn.{dtype}x2.f32 ${i}, b, a;"
+        for i in range(2)
+    )
+    return f"{{ .reg .b16 l, h; .reg .f32 a, b; {halves} }}"
+
+
+@gluon.jit
+def scaled(u, scale, CODED: gl.constexpr, RAW: gl.constexpr, DTYPE: gl.constexpr):
+    """Codes of four weights to float32(weight) * scale, rounded to DTYPE ("f16" or "bf16"): two registers of pairs."""
+    low, high = operands(u, CODED, RAW, "f16")
+    return gl.inline_asm_elementwise(
+        scaled_asm(DTYPE), "=&r,=&r,r,r,f", [low, high, scale], dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1
+    )

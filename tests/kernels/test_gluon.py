@@ -1,0 +1,192 @@
+"""The warp-level kernels on a GPU: right, equal to the dense INT8 kernel to the bit, and the same in any batch."""
+
+import numpy as np
+import pytest
+import torch
+from rans_kernels.coder import encode_tiles
+from rans_kernels.dense import dequantize
+from rans_kernels.format import SPLITS, Split, TileLayout
+from rans_kernels.ops.coded import CodedWeight
+
+pytest.importorskip("triton")
+from rans_kernels.ops.int8_linear import int8_linear_tiled  # noqa: E402
+from rans_kernels.ops.launch import Launch  # noqa: E402
+from rans_kernels.ops.rans_decode import rans_decode, rans_dequantize  # noqa: E402
+from rans_kernels.ops.rans_linear import rans_linear  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def random_weights(shape, split, seed=0, spread=0.33):
+    """Gaussian weights that reach the ends of the split's range, on the host."""
+    w = np.random.default_rng(seed).normal(0, -split.low * spread, shape)
+    return np.clip(np.rint(w), split.low, -split.low - 1).astype(np.int8)
+
+
+def encode(weights, split, units, probability_bits=10):
+    layout = TileLayout(weights.shape, split, units, probability_bits)
+    e = encode_tiles(weights, layout)
+    heads, words, offsets, freqs = (torch.from_numpy(a).cuda() for a in (e.heads, e.words, e.offsets, e.freqs))
+    return CodedWeight.check(heads, words, offsets, freqs, layout)
+
+
+def relative_error(y, x, w, scale, bias=None):
+    reference = x.double() @ w.double().T * scale.double().T
+    if bias is not None:
+        reference += bias.double()
+    return ((y.double() - reference).norm() / reference.norm()).item()
+
+
+def tolerance(dtype):
+    """Sums are float32, rounded once to the dtype: half a unit in the last place, in the mean less."""
+    return torch.finfo(dtype).eps / 2
+
+
+def case(shape, split, units, rows, dtype, bias=False, probability_bits=10, seed=0):
+    """Coded weight, its integers, activations, scale and bias."""
+    w = random_weights(shape, split, seed)
+    x = torch.randn(rows, shape[1], device="cuda", dtype=dtype)
+    scale = torch.rand(shape[0], 1, device="cuda") + 0.5
+    offset = torch.randn(shape[0], device="cuda", dtype=dtype) if bias else None
+    return encode(w, split, units, probability_bits), torch.from_numpy(w).cuda(), x, scale, offset
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_every_split_multiplies_and_decodes(split):
+    coded, w, x, scale, _ = case((63, 200), split, 2, 3, torch.float16, probability_bits=12)
+    y = rans_linear(x, coded, scale)
+    assert relative_error(y, x, w, scale) < tolerance(torch.float16)
+    assert torch.equal(y, int8_linear_tiled(x, w, scale, None, 2))
+    assert torch.equal(rans_decode(coded), w)
+
+
+# odd shapes, a wider tile than the matrix, many tiles a warp, per panel and batch ragged
+CASES = [
+    ((1, 1), Split(1, 4), 4, 1, torch.float16, False),
+    ((257, 63), Split(4, 3), 1, 1, torch.bfloat16, True),
+    ((63, 257), Split(8, 0), 16, 9, torch.float16, True),
+    ((40, 5632), Split(1, 7), 11, 8, torch.bfloat16, False),
+    ((33, 8192), Split(2, 6), 3, 16, torch.float16, False),
+    ((16, 64), Split(1, 3), 1, 33, torch.float16, True),
+    ((300, 2048), Split(1, 5), 8, 64, torch.bfloat16, False),
+]
+
+
+@pytest.mark.parametrize(("shape", "split", "units", "rows", "dtype", "bias"), CASES, ids=str)
+def test_product_is_right_equal_to_the_dense_kernel_and_the_same_in_any_batch(shape, split, units, rows, dtype, bias):
+    coded, w, x, scale, offset = case(shape, split, units, rows, dtype, bias)
+    # poison what the allocator hands out next
+    torch.full((1 << 22,), float("nan"), device="cuda")
+    y = rans_linear(x, coded, scale, offset)
+    assert relative_error(y, x, w, scale, offset) < tolerance(dtype)
+    assert torch.equal(y, int8_linear_tiled(x, w, scale, offset, units))
+    for begin, end in {(0, 1), (rows // 2, rows), (rows - 1, rows)}:
+        assert torch.equal(rans_linear(x[begin:end], coded, scale, offset), y[begin:end])
+
+
+@pytest.mark.parametrize(("warps", "stages"), [(1, 2), (2, 3), (8, 4), (16, 2)])
+def test_the_launch_changes_no_bit(warps, stages):
+    from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
+
+    coded, _, x, scale, _ = case((48, 4096), Split(1, 4), 4, 5, torch.float16)
+    expected = rans_linear(x, coded, scale)
+    for overlap in (False, True):
+        launch = Launch(warps, stages, overlap)
+        assert torch.equal(rans_linear_gluon(x, coded, scale, None, launch), expected)
+
+
+def test_a_thousand_launches_give_one_result():
+    coded, _, x, scale, _ = case((512, 4096), Split(1, 4), 8, 8, torch.float16)
+    expected = rans_linear(x, coded, scale)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        differing += (rans_linear(x, coded, scale) != expected).sum()
+    assert differing.item() == 0
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("shape", "split", "units"), [((63, 257), Split(8, 0), 2), ((300, 2048), Split(1, 4), 5)])
+def test_decoded_weights_are_those_of_the_dense_layer(shape, split, units, dtype):
+    coded, w, _, scale, _ = case(shape, split, units, 1, dtype)
+    assert torch.equal(rans_decode(coded), w)
+    assert torch.equal(rans_dequantize(coded, scale, dtype), dequantize(w, scale, dtype))
+    per_tensor = scale[:1]
+    assert torch.equal(rans_dequantize(coded, per_tensor, dtype), dequantize(w, per_tensor, dtype))
+
+
+@pytest.mark.parametrize("value", [-3, 0])
+def test_one_symbol_has_no_words(value):
+    w = np.full((20, 130), value, np.int8)
+    for split in (Split(8, 0), Split(1, 4)):
+        for probability_bits in (10, 12):
+            coded = encode(w, split, 2, probability_bits)
+            assert torch.equal(rans_decode(coded).cpu(), torch.from_numpy(w))
+
+
+def test_damaged_arrays_neither_crash_nor_change_other_tiles():
+    coded, w, x, scale, _ = case((64, 1024), Split(4, 2), 4, 2, torch.float16)
+    rng = torch.Generator(device="cuda").manual_seed(0)
+    begin, end = (int(coded.offsets[tile]) for tile in (5, 6))
+    for _ in range(20):
+        noise = torch.randint(-(2**15), 2**15, (end - begin, 8), device="cuda", generator=rng).to(torch.int16)
+        words = coded.words.clone()
+        words[begin:end] = noise
+        damaged = CodedWeight(coded.heads, words, coded.offsets, coded.table, coded.layout, coded.word_rows)
+        decoded = rans_decode(damaged)
+        rans_linear(x, damaged, scale)
+        # tile 5 is the second of panel 1
+        other = torch.ones_like(w, dtype=torch.bool)
+        other[16:32, 256:512] = False
+        assert torch.equal(decoded[other], w[other])
+    states = torch.randint_like(coded.heads, -(2**31), 2**31 - 1)
+    damaged = CodedWeight(states, coded.words, coded.offsets, coded.table, coded.layout, coded.word_rows)
+    rans_decode(damaged)
+    rans_linear(x, damaged, scale)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("rows", [1, 17, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_module_and_its_dense_twin(rows, dtype):
+    from rans_kernels.checkpoint import LayerEntry
+    from rans_kernels.linear import CompressedLinear
+
+    w = torch.randint(-4, 4, (700, 300), dtype=torch.int8)
+    layout = TileLayout((700, 300), Split(4, 0), 2)
+    e = encode_tiles(w.numpy(), layout)
+    module = CompressedLinear(layout, len(e.words), (700, 1), bias=True)
+    _, buffers = LayerEntry.describe("linear", e, torch.rand(700, 1), None, True)
+    module.load_state_dict({**buffers, "bias": torch.rand(700)})
+    module.cuda()
+    module.bias.data = module.bias.data.to(dtype)
+    x = torch.randn(rows, 300, device="cuda", dtype=dtype)
+    y = module(x)
+    assert relative_error(y, x, w.cuda(), module.weight_scale, module.bias) < max(1e-5, 2 * tolerance(dtype))
+    assert torch.equal(module.to_int8()(x), y)
+    assert "gluon-fused" in repr(module)
+
+
+def test_compiled_whole_and_in_a_cuda_graph_it_gives_the_same():
+    coded, _, x, scale, bias = case((96, 512), Split(1, 4), 4, 3, torch.float16, True)
+
+    def layer(x):
+        return torch.relu(rans_linear(x, coded, scale, bias)) * 2
+
+    expected = layer(x)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_the_operators_are_well_formed():
+    coded, w, x, scale, bias = case((33, 200), Split(1, 4), 2, 3, torch.float16, True)
+    checks = ("test_schema", "test_faketensor")
+    arrays = (coded.heads, coded.words, coded.offsets, coded.table)
+    linear = torch.ops.rans_kernels.rans_linear.default
+    torch.library.opcheck(linear, (x, *arrays, scale, bias, coded.numbers, None), test_utils=checks)
+    torch.library.opcheck(torch.ops.rans_kernels.int8_linear.default, (x, w, scale, bias, 2), test_utils=checks)
