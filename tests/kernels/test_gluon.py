@@ -85,7 +85,7 @@ def test_product_is_right_equal_to_the_dense_kernel_and_the_same_in_any_batch(sh
         assert torch.equal(rans_linear(x[begin:end], coded, scale, offset), y[begin:end])
 
 
-@pytest.mark.parametrize(("warps", "stages"), [(1, 2), (2, 3), (8, 4), (16, 2)])
+@pytest.mark.parametrize(("warps", "stages"), [(1, 2), (2, 3), (4, 1), (8, 4), (16, 2)])
 def test_the_launch_changes_no_bit(warps, stages):
     from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
 

@@ -4,13 +4,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rans_kernels.coder.tables import entropy
-from rans_kernels.format import SPLITS, UNIT_COLUMNS, Split, TileLayout
+from rans_kernels.format import SPLITS, UNIT_COLUMNS, UNIT_ROWS, Split, TileLayout
 
 WEIGHT_RATE = {8: 1.3e12, 4: 2.05e12, 2: 2.9e12, 1: 4.1e12}
 """Weights a second that a fused kernel decodes on an H200, by coded bits: measured on the prototype
 (docs/architecture.md)."""
 BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads."""
+FILLING = 1024
+"""Tiles, a warp each, that fill a GPU: 8 a multiprocessor of an H200."""
 AUTO_BITS = 0.1
 """Bits a weight that `auto` may spend over the smallest to be faster."""
 
@@ -65,7 +67,8 @@ def choose_units(shape: tuple[int, int], profile: str) -> int:
     """Units of a tile.
 
     compact: 16, so that a lane's state, 32 bits, is shared by 512 weights. fast and auto: a power of two tiles a panel,
-    at most 16, for the warps that fill a GPU, of at least 8 units where the panel has them: 256 weights a state.
+    at most 16, for the warps that fill a GPU, of at least 8 units where the panel has them: 256 weights a state. Of a
+    small matrix, with fewer such tiles than `FILLING`, 6 units.
 
     Args:
         shape: (N, K) of the weight.
@@ -75,6 +78,8 @@ def choose_units(shape: tuple[int, int], profile: str) -> int:
         return 16
     units = max(1, -(-shape[1] // UNIT_COLUMNS))
     tiles = min(16, 1 << (max(1, units // 8).bit_length() - 1))
+    if units > 8 and tiles <= 4 and -(-shape[0] // UNIT_ROWS) * tiles < FILLING:
+        return 6
     return -(-units // tiles)
 
 

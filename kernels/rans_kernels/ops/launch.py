@@ -1,14 +1,20 @@
 """How the warp-level kernels are launched: a rule, and exceptions that were measured."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from triton.runtime import driver
 
 from rans_kernels.ops.tuned import TUNED
 
 MAX_ROWS = 32
 """Rows of x that one launch takes; more are so many launches."""
+
+
+FULL = 48
+"""Warps a multiprocessor from which latency hides itself and a ring in shared memory costs more than it brings."""
 
 
 class Launch(NamedTuple):
@@ -17,7 +23,7 @@ class Launch(NamedTuple):
     warps: int
     """Of a block; a power of two."""
     stages: int
-    """Of the ring that weights pass through."""
+    """Of the ring that weights pass through; 1 keeps them in registers instead."""
     overlap: bool
     """Whether the next kernel of the stream may begin while this one ends."""
 
@@ -32,7 +38,26 @@ def choose_launch(device: torch.device, shape: tuple[int, int], column_blocks: i
         column_blocks: blocks of 8 rows of x.
         tiles: of a panel.
     """
-    overlap = torch.cuda.get_device_capability(device) >= (9, 0)
-    if tuned := TUNED.get((torch.cuda.get_device_name(device), *shape, column_blocks)):
-        return Launch(min(tuned[0], 1 << (tiles.bit_length() - 1)), tuned[1], overlap)
-    return Launch(min(16, 1 << (tiles.bit_length() - 1)), 3, overlap)
+    properties = torch.cuda.get_device_properties(device)
+    overlap = properties.major >= 9
+    # a thread may have no more than 128 registers in a block of 16 warps
+    most = 16 if column_blocks <= 2 else 8
+    if tuned := TUNED.get((properties.name, *shape, column_blocks)):
+        return Launch(min(tuned[0], most), tuned[1], overlap)
+    warps = min(most, 1 << max(0, tiles - 1).bit_length())
+    resident = -(-shape[0] // 16) * tiles / properties.multi_processor_count
+    return Launch(warps, 1 if resident >= FULL else 3, overlap)
+
+
+@lru_cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def fit_shared(device: torch.device, warps: int, shared_bytes: Callable[[int], int]) -> int:
+    """As many warps, at most so many and a power of two, as a block's shared memory on the device holds."""
+    while warps > 1 and shared_bytes(warps) + 1024 > shared_limit(device):
+        warps //= 2
+    return warps

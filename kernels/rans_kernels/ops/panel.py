@@ -49,22 +49,34 @@ def store_partial(address, c, lane, COLUMN_BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def finish_panel(partial, tiles, scale, bias, y, tid, panel, M, N, scale_stride, COLUMN_BLOCKS: gl.constexpr,
-                 WARPS: gl.constexpr, HAS_BIAS: gl.constexpr):  # fmt: skip
+def load_sum(address):
+    """A float32 at a shared address."""
+    return load_shared(address, 1)[0].to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def finish_panel(
+    partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES: gl.constexpr, COLUMN_BLOCKS: gl.constexpr,
+    WARPS: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
     """Add the tiles' sums in ascending order, scale, add the bias and store y [M, N]."""
     SIZE: gl.constexpr = 128 * COLUMN_BLOCKS
     THREADS: gl.constexpr = 32 * WARPS
     for i in gl.static_range((SIZE + THREADS - 1) // THREADS):
         at = i * THREADS + tid
-        total = gl.full_like(tid, 0).to(gl.float32)
-        for t in range(0, tiles):
-            total += load_shared(partial + t * (4 * SIZE) + ((at % SIZE) * 4).to(gl.uint32), 1)[0].to(
-                gl.float32, bitcast=True
-            )
         n = panel * 16 + at % SIZE // (8 * COLUMN_BLOCKS)
         m = at % (8 * COLUMN_BLOCKS)
         inside = (at < SIZE) & (m < M) & (n < N)
-        total *= gl.load(scale + n * scale_stride, mask=inside, other=0.0)
+        factor = gl.load(scale + n * scale_stride, mask=inside, other=0.0)
+        address = partial + ((at % SIZE) * 4).to(gl.uint32)
+        total = load_sum(address)
+        if TILES <= 32:
+            for t in gl.static_range(1, TILES):
+                total += load_sum(address + t * (4 * SIZE))
+        else:
+            for t in range(1, TILES):
+                total += load_sum(address + t * (4 * SIZE))
+        total *= factor
         if HAS_BIAS:
             total += gl.load(bias + n, mask=inside, other=0.0).to(gl.float32)
         gl.store(y + m.to(gl.int64) * N + n, total.to(y.dtype.element_ty), mask=inside)

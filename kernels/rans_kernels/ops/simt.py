@@ -51,10 +51,14 @@ def load_shared(address, N: gl.constexpr):
 
 
 @gluon.jit
-def load_global(pointer, on, N: gl.constexpr):
-    """N consecutive 32-bit values at a global address (uint64), read-only data; zeros where `on` is 0."""
+def load_global(pointer, on, N: gl.constexpr, KEEP: gl.constexpr = True):
+    """N consecutive 32-bit values at a global address (uint64), read-only data; zeros where `on` is 0.
+
+    KEEP false passes the L1 by, for what is read once.
+    """
+    SPACE: gl.constexpr = ".global.nc" if KEEP else ".global.nc.L1::no_allocate"
     return gl.inline_asm_elementwise(
-        load_asm(".global.nc", N, True), constraints("=&r", N, "l,r"), [pointer, on], dtype=(gl.uint32,) * N,
+        load_asm(SPACE, N, True), constraints("=&r", N, "l,r"), [pointer, on], dtype=(gl.uint32,) * N,
         is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -70,9 +74,9 @@ def store_shared2(address, a, b):
 
 @gluon.constexpr_function
 def store_asm(n):
-    """Predicated vector store of n registers, streamed: what is stored is not read again soon."""
+    """Predicated vector store of n registers."""
     values = ", ".join(f"${i}" for i in range(2, n + 2))
-    store = f"@p st.global.cs.v{n}.u32 [$1], {{{values}}};"
+    store = f"@p st.global.v{n}.u32 [$1], {{{values}}};"
     return f"{{ .reg .pred p; setp.ne.u32 p, ${n + 2}, 0; {store} mov.u32 $0, 0; }}"
 
 
@@ -171,5 +175,7 @@ def shared_pieces(size: int) -> tuple[int, int, int]:
 
 
 def word_buffer_bytes(rows: int) -> int:
-    """Shared memory for the words of a tile of so many rows: a power of two, lest every weight compiles anew."""
+    """Shared memory for so many rows of words, in few sizes, lest every weight compiles anew."""
+    if rows > 256:
+        return -(-rows // 64) * 1024
     return 512 << max(0, -(-rows // 32) - 1).bit_length()

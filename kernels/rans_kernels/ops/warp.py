@@ -7,7 +7,7 @@ word is found by counting the lanes below it. See docs/format.md for the order o
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from rans_kernels.ops.simt import copy_async, load_shared, permute
+from rans_kernels.ops.simt import copy_async, load_global, load_shared, permute
 
 
 @gluon.constexpr_function
@@ -18,19 +18,19 @@ def entry_words(coded):
 
 @gluon.constexpr_function
 def step_asm(coded, precision):
-    """One rANS step. Results: state, cursor, coded bits; operands: state, cursor, table, mask of the lanes below.
+    """One rANS step. Results: state, cursor, coded bits; operands: state, cursor, table, lanes below, factors.
 
     Entries: frequency << 16 | offset in the symbol, and the coded bits in place; or, where a symbol is one weight,
-    frequency << 20 | offset << 8 | symbol.
+    frequency << 20 | offset << 8 | symbol. The factors are the bytes of an entry and 2^16: were they constants, the
+    assembler would make the products shifts, and the pipe of shifts and logic is the one that is full.
     """
-    size = 4 * entry_words(coded)
     if coded == 8:
-        look_up = "ld.shared.u32 $2, [a]; shr.u32 f, $2, 20; bfe.u32 o, $2, 8, 12;"
+        look_up = "ld.shared.u32 $2, [a]; shr.u32 f, $2, 20; mul.lo.u32 o, $2, 4096; shr.u32 o, o, 20;"
     else:
         look_up = "ld.shared.v2.u32 {o, $2}, [a]; shr.u32 f, o, 16; and.b32 o, o, 0xffff;"
     return f"""{{
     .reg .pred q; .reg .b32 a, f, o, x, m, n; .reg .b16 h;
-    and.b32 a, $3, {(1 << precision) - 1}; mad.lo.u32 a, a, {size}, $5;
+    and.b32 a, $3, {(1 << precision) - 1}; mad.lo.u32 a, a, $7, $5;
     {look_up}
     shr.u32 x, $3, {precision}; mad.lo.u32 x, f, x, o;
     setp.lt.u32 q, x, 65536;
@@ -38,44 +38,46 @@ def step_asm(coded, precision):
     and.b32 n, m, $6; popc.b32 n, n; mad.lo.u32 a, n, 2, $4;
     @q ld.shared.u16 h, [a];
     cvt.u32.u16 f, h;
-    @q prmt.b32 x, f, x, 0x5410;
+    @q mad.lo.u32 x, x, $8, f;
     popc.b32 n, m; mad.lo.u32 $1, n, 2, $4;
     mov.u32 $0, x;
     }}"""
 
 
 @gluon.jit
-def step(state, cursor, table, below, CODED: gl.constexpr, PRECISION: gl.constexpr):
+def step(state, cursor, table, below, factors, CODED: gl.constexpr, PRECISION: gl.constexpr):
     """Next state, next cursor (shared address of the tile's next word), and the symbol's coded bits in place."""
     return gl.inline_asm_elementwise(
-        step_asm(CODED, PRECISION), "=&r,=&r,=&r,r,r,r,r", [state, cursor, table, below],
-        dtype=(gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+        step_asm(CODED, PRECISION), "=&r,=&r,=&r,r,r,r,r,r,r",
+        [state, cursor, table, below, factors[0], factors[1]], dtype=(gl.uint32, gl.uint32, gl.uint32),
+        is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def next_word(
-    state, cursor, table, below, J: gl.constexpr, carry, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr
-):
+    state, cursor, table, below, factors, J: gl.constexpr, carry, CODED: gl.constexpr, RAW: gl.constexpr,
+    PRECISION: gl.constexpr,
+):  # fmt: skip
     """Coded bits, in place, of the four weights of word J; `carry` is the pattern that two words of C = 1 share."""
     if CODED == 1:
         MASK: gl.constexpr = 0x01010101 << (RAW - 1)
         if J % 2 == 0:
-            state, cursor, carry = step(state, cursor, table, below, CODED, PRECISION)
+            state, cursor, carry = step(state, cursor, table, below, factors, CODED, PRECISION)
             coded = carry & MASK
         else:
             coded = (carry >> 1) & MASK
     elif CODED == 2:
-        state, cursor, coded = step(state, cursor, table, below, CODED, PRECISION)
+        state, cursor, coded = step(state, cursor, table, below, factors, CODED, PRECISION)
     elif CODED == 4:
-        state, cursor, low = step(state, cursor, table, below, CODED, PRECISION)
-        state, cursor, high = step(state, cursor, table, below, CODED, PRECISION)
+        state, cursor, low = step(state, cursor, table, below, factors, CODED, PRECISION)
+        state, cursor, high = step(state, cursor, table, below, factors, CODED, PRECISION)
         coded = permute(low, high, 0x5410)
     else:
-        state, cursor, a = step(state, cursor, table, below, CODED, PRECISION)
-        state, cursor, b = step(state, cursor, table, below, CODED, PRECISION)
-        state, cursor, c = step(state, cursor, table, below, CODED, PRECISION)
-        state, cursor, d = step(state, cursor, table, below, CODED, PRECISION)
+        state, cursor, a = step(state, cursor, table, below, factors, CODED, PRECISION)
+        state, cursor, b = step(state, cursor, table, below, factors, CODED, PRECISION)
+        state, cursor, c = step(state, cursor, table, below, factors, CODED, PRECISION)
+        state, cursor, d = step(state, cursor, table, below, factors, CODED, PRECISION)
         coded = permute(permute(a, b, 0x0040), permute(c, d, 0x0040), 0x5410)
     return state, cursor, coded, carry
 
@@ -127,6 +129,22 @@ def load_raw(address, lane, RAW: gl.constexpr):
         two = load_shared(address + 128 * (RAW & 4) + lane * 8, 2)
     if RAW & 1:
         one = load_shared(address + 128 * (RAW - 1) + lane * 4, 1)[0]
+    return four, two, one
+
+
+@gluon.jit
+def fetch_raw(pointer, lane, on, RAW: gl.constexpr):
+    """As `load_raw`, from global memory."""
+    zero = gl.full_like(lane, 0)
+    four = (zero, zero, zero, zero)
+    two = (zero, zero)
+    one = zero
+    if RAW & 4:
+        four = load_global(pointer + (lane * 16).to(gl.uint64), on, 4, False)
+    if RAW & 2:
+        two = load_global(pointer + (128 * (RAW & 4) + lane * 8).to(gl.uint64), on, 2, False)
+    if RAW & 1:
+        one = load_global(pointer + (128 * (RAW - 1) + lane * 4).to(gl.uint64), on, 1, False)[0]
     return four, two, one
 
 

@@ -27,26 +27,35 @@ from rans_kernels.ops.simt import (
 
 
 @gluon.jit
-def stage_unit(address, pointer, lane, on, lower_on, stride):
-    """Begin to copy what this lane reads of 16 rows x 64 columns: rows g and g + 8, columns 8 t and 32 + 8 t."""
-    copy_async(address + lane * 8, pointer, on, 8)
-    copy_async(address + 256 + lane * 8, pointer + 8 * stride, lower_on, 8)
-    copy_async(address + 512 + lane * 8, pointer + 32, on, 8)
-    copy_async(address + 768 + lane * 8, pointer + 8 * stride + 32, lower_on, 8)
+def stage_pair(address, weight, row0, column, lane, end, N, K):
+    """Begin to copy 16 rows x 128 columns, two units, a row's 128 bytes by eight lanes; nothing beyond `end` or N.
+
+    The 16-byte chunks of a row stand in an order of its own, lest reading a column strikes a bank eight times.
+    """
+    row = (lane // 8).to(gl.int32)
+    chunk = lane % 8
+    inside = column + chunk.to(gl.int32) * 16 < end
+    for i in gl.static_range(4):
+        r = row + 4 * i
+        to = address + (r * 128).to(gl.uint32) + (chunk ^ (r % 8).to(gl.uint32)) * 16
+        source = (weight + (row0 + r).to(gl.int64) * K + column + chunk.to(gl.int32) * 16).to(gl.uint64)
+        copy_async(to, source, (inside & (row0 + r < N)).to(gl.uint32), 16)
     execute(lane, "cp.async.commit_group;")
 
 
 @gluon.jit
-def half_unit(address, lane):
-    """Codes of half a unit: weights plus 128, words in the order of a tile's."""
-    upper = load_shared(address + lane * 8, 2)
-    lower = load_shared(address + 256 + lane * 8, 2)
+def half_unit(address, lane, HALF: gl.constexpr):
+    """Codes of the HALF-th 32 columns of a stage: weights plus 128, words in the order of a tile's."""
+    row, t = lane // 4, lane % 4
+    at = address + row * 128 + ((2 * HALF + t // 2) ^ row) * 16 + (t % 2) * 8
+    upper = load_shared(at, 2)
+    lower = load_shared(at + 1024, 2)
     return upper[0] ^ 0x80808080, upper[1] ^ 0x80808080, lower[0] ^ 0x80808080, lower[1] ^ 0x80808080
 
 
 @gluon.jit
 def int8_linear_kernel(
-    weight, scale, bias, x, y, M, N, K, tiles, units, panel_units, scale_stride,
+    weight, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, TILES: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, OVERLAP: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
@@ -54,7 +63,7 @@ def int8_linear_kernel(
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
     L: gl.constexpr = thread_layout(WARPS)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    STAGE_BYTES: gl.constexpr = 1024
+    STAGE_BYTES: gl.constexpr = 2048
     tid = gl.arange(0, 32 * WARPS, layout=L)
     lane = (tid % 32).to(gl.uint32)
     warp = tid // 32
@@ -69,50 +78,43 @@ def int8_linear_kernel(
     rows_on = ()
     for n in gl.static_range(COLUMN_BLOCKS):
         rows_on = rows_on + ((8 * n + row < M).to(gl.uint32),)
-    column = (lane % 4).to(gl.int32) * 8
-    x_lane = (x + row.to(gl.int64) * K + column).to(gl.uint64)
-    w_lane = (weight + (panel * 16 + row).to(gl.int64) * K + column).to(gl.uint64)
-    stride = (gl.full_like(lane, 0) + K).to(gl.uint64)
-    upper_on = (panel * 16 + row < N).to(gl.uint32)
-    lower_on = (panel * 16 + row + 8 < N).to(gl.uint32)
-    for first in range(0, tiles, WARPS):
+    x_lane = (x + row.to(gl.int64) * K + (lane % 4).to(gl.int32) * 8).to(gl.uint64)
+    for first in range(0, TILES, WARPS):
         tile = first + warp
-        left = gl.minimum(panel_units - tile * units, units)
-        at = w_lane + (tile.to(gl.int64) * units * 64).to(gl.uint64)
+        begin = tile * units * 64
+        end = gl.minimum(panel_units - tile * units, units) * 64 + begin
         for s in gl.static_range(STAGES - 1):
-            live = (s < left).to(gl.uint32)
-            stage_unit(ring + s * STAGE_BYTES, at + s * 64, lane, upper_on * live, lower_on * live, stride)
+            stage_pair(ring + s * STAGE_BYTES, weight, panel * 16, begin + s * 128, lane, end, N, K)
         if OVERLAP and first == 0:
+            # weights are nobody's result; x is
             execute(tid, "griddepcontrol.wait;")
-        x_at = x_lane + (tile.to(gl.int64) * units * 128).to(gl.uint64)
-        on = only(rows_on, left > 0, COLUMN_BLOCKS)
-        x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
-        x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
         zero = gl.full_like(tid, 0).to(gl.float32)
         c = ((zero, zero, zero, zero),) * COLUMN_BLOCKS
         take = ring
         give = ring + (STAGES - 1) * STAGE_BYTES
-        for unit in range(0, units):
+        x_at = x_lane + (begin * 2).to(gl.uint64)
+        x0 = load_x(x_at, only(rows_on, begin < end, COLUMN_BLOCKS), COLUMN_BLOCKS, K * 2)
+        for pair in range(0, (units + 1) // 2):
+            column = begin + pair * 128
             execute(tid, wait_text(STAGES - 2))
-            u = half_unit(take, lane)
-            v = half_unit(take + 512, lane)
-            live = (unit + STAGES - 1 < left).to(gl.uint32)
-            stage_unit(give, at + (STAGES - 1) * 64, lane, upper_on * live, lower_on * live, stride)
+            # a lane reads what others copied, and overwrites what others have read
+            execute(tid, "bar.warp.sync 0xffffffff;")
+            stage_pair(give, weight, panel * 16, column + (STAGES - 1) * 128, lane, end, N, K)
+            for half in gl.static_range(4):
+                x_at += 64
+                on = only(rows_on, column + 32 * half + 32 < end, COLUMN_BLOCKS)
+                x1 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
+                # beyond the tile's end the stage holds what it held; x is zero there, and weights are finite
+                c = multiply_half(c, half_unit(take, lane, half), x0, COLUMN_BLOCKS, 8, 0, DTYPE)
+                x0 = x1
             give = take
             take += STAGE_BYTES
             take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
-            at += 64
-            x_at += 128
-            on = only(rows_on, unit + 1 < left, COLUMN_BLOCKS)
-            c = multiply_half(c, u, x0, COLUMN_BLOCKS, 8, 0, DTYPE)
-            x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
-            c = multiply_half(c, v, x1, COLUMN_BLOCKS, 8, 0, DTYPE)
-            x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
         store_partial(partial + (tile * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     if OVERLAP:
         execute(tid, "griddepcontrol.launch_dependents;")
     block_barrier()
-    finish_panel(partial, tiles, scale, bias, y, tid, panel, M, N, scale_stride, COLUMN_BLOCKS, WARPS, HAS_BIAS)
+    finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, COLUMN_BLOCKS, WARPS, HAS_BIAS)
     block_barrier()
     # the one store that Gluon sees: it declares the shared memory that the assembly above addresses
     piece0.slice(0, 32 * WARPS).store(tid)
@@ -142,10 +144,11 @@ def int8_linear_gluon(
         part = x[first : first + MAX_ROWS]
         column_blocks = triton.next_power_of_2(-(-len(part) // 8))
         warps, stages, overlap = launch or choose_launch(x.device, (n, x.shape[1]), column_blocks, tiles)
-        pieces = shared_pieces(warps * stages * 1024 + -(-tiles // warps) * warps * 512 * column_blocks)
+        stages = max(3, stages)
+        pieces = shared_pieces(warps * stages * 2048 + -(-tiles // warps) * warps * 512 * column_blocks)
         int8_linear_kernel[(-(-n // 16),)](
-            weight, scale, scale if bias is None else bias, part, y[first:], len(part), n, x.shape[1], tiles, units,
-            panel_units, int(scale.shape[0] > 1), COLUMN_BLOCKS=column_blocks, HAS_BIAS=bias is not None,
+            weight, scale, scale if bias is None else bias, part, y[first:], len(part), n, x.shape[1], units,
+            panel_units, int(scale.shape[0] > 1), TILES=tiles, COLUMN_BLOCKS=column_blocks, HAS_BIAS=bias is not None,
             BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages, OVERLAP=overlap,
             SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, launch_pdl=overlap,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.ops.launch import fit_shared
 from rans_kernels.ops.simt import (
     block_barrier,
     execute,
@@ -36,7 +37,8 @@ from rans_kernels.ops.warp import (
 
 @gluon.jit
 def rans_decode_kernel(
-    heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride,
+    heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
+    word_base,
     CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
     WORD_BYTES: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
@@ -73,6 +75,7 @@ def rans_decode_kernel(
     execute(tid, wait_text(STAGES - 1))
     block_barrier()
     below = (gl.full_like(lane, 1) << lane) - 1
+    factors = (gl.full_like(lane, 1) * entry_bytes, gl.full_like(lane, 1) * word_base)
     row = panel * 16 + (lane // 4).to(gl.int32)
     column = across * units * 64 + (lane % 4).to(gl.int32) * 8
     SIZE: gl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
@@ -96,7 +99,9 @@ def rans_decode_kernel(
         raw += STAGE_BYTES
         u = ()
         for j in gl.static_range(8):
-            state, cursor, coded, carry = next_word(state, cursor, base, below, j, carry, CODED, RAW, PRECISION)
+            state, cursor, coded, carry = next_word(
+                state, cursor, base, below, factors, j, carry, CODED, RAW, PRECISION
+            )
             u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
         for h in gl.static_range(2):
             inside = (unit < left) & (column + 32 * h < K)
@@ -133,19 +138,24 @@ def rans_decode_gluon(
         stages: of the ring that raw bits pass through.
     """
     layout, (n, k) = weight.layout, weight.layout.shape
+    coded, raw = layout.split.coded_bits, layout.split.raw_bits
     word_bytes = word_buffer_bytes(weight.word_rows)
-    runs_on = 64 * layout.units * layout.unit_symbols
-    ring = warps * stages * 128 * layout.split.raw_bits
-    pieces = shared_pieces(weight.table.nbytes + warps * word_bytes + max(ring, runs_on))
+
+    def shared_bytes(warps: int) -> int:
+        # a damaged stream's cursor takes at most a word a symbol and lane
+        behind = max(warps * stages * 128 * raw, 64 * layout.units * layout.unit_symbols)
+        return weight.table.nbytes + warps * word_bytes + behind
+
+    warps = fit_shared(weight.heads.device, warps, shared_bytes)
+    pieces = shared_pieces(shared_bytes(warps))
     # eight columns are stored at once
     out = torch.empty(n, -(-k // 8) * 8, dtype=dtype, device=weight.heads.device)
     factor = weight.table if scale is None else scale
     if layout.tiles:
         rans_decode_kernel[(-(-layout.tiles // warps),)](
             weight.heads, weight.words, weight.offsets, weight.table, factor, out, n, out.shape[1], layout.grid[1],
-            layout.units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
-            CODED=layout.split.coded_bits, RAW=layout.split.raw_bits, PRECISION=layout.probability_bits,
-            WARPS=warps, STAGES=stages, WORD_BYTES=word_bytes,
+            layout.units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1), 4 if coded == 8 else 8, 1 << 16,
+            CODED=coded, RAW=raw, PRECISION=layout.probability_bits, WARPS=warps, STAGES=stages, WORD_BYTES=word_bytes,
             SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps,
         )  # fmt: skip
     return out if out.shape[1] == k else out[:, :k].contiguous()

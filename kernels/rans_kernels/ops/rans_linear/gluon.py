@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rans_kernels.ops.coded import CodedWeight
-from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch
+from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch, fit_shared
 from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, store_partial
 from rans_kernels.ops.simt import (
     block_barrier,
@@ -26,113 +26,160 @@ from rans_kernels.ops.simt import (
     wait_text,
     word_buffer_bytes,
 )
-from rans_kernels.ops.warp import codes, entry_words, load_raw, next_word, raw_bits, stage_raw, stage_table, stage_words
+from rans_kernels.ops.warp import (
+    codes,
+    entry_words,
+    fetch_raw,
+    load_raw,
+    next_word,
+    raw_bits,
+    stage_raw,
+    stage_table,
+    stage_words,
+)
+
+
+@gluon.jit
+def begin_tile(heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, STAGES: gl.constexpr):
+    """Begin to load a tile; returns its units, the states, where its raw planes stand, and the first in registers.
+
+    STAGES 1 keeps raw planes in registers, one unit ahead: fewest instructions, for a GPU that is full of warps. More
+    go through a ring in shared memory, which hides latency where warps are few.
+    """
+    left = gl.minimum(panel_units - tile * units, units)
+    head = (heads + tile.to(gl.int64) * ((1 + units * RAW) * 32)).to(gl.uint64)
+    state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
+    raw = head + 128
+    planes = fetch_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0)
+    for s in gl.static_range(STAGES - 1):
+        stage_raw(ring + s * 128 * RAW, raw + s * 128 * RAW, lane, (s < left).to(gl.uint32), RAW)
+        execute(lane, "cp.async.commit_group;")
+    return left, state, raw, planes
+
+
+@gluon.jit
+def multiply_tile(
+    begun, units, cursor, ring, table, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS: gl.constexpr,
+    CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Sums of this warp's tile, a chain of MMAs from zero."""
+    left, state, raw, planes = begun
+    STAGE_BYTES: gl.constexpr = 128 * RAW
+    below = (gl.full_like(lane, 1) << lane) - 1
+    on = only(rows_on, left > 0, COLUMN_BLOCKS)
+    x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
+    x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
+    zero = gl.full_like(lane, 0).to(gl.float32)
+    c = ((zero, zero, zero, zero),) * COLUMN_BLOCKS
+    take = ring
+    give = ring + (STAGES - 1) * STAGE_BYTES
+    for unit in range(0, units):
+        on = only(rows_on, unit + 1 < left, COLUMN_BLOCKS)
+        if STAGES == 1:
+            four, two, single = planes
+            planes = fetch_raw(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW)
+        else:
+            execute(lane, wait_text(STAGES - 2))
+            four, two, single = load_raw(take, lane, RAW)
+            ahead = (unit + STAGES - 1 < left).to(gl.uint32)
+            stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW)
+            execute(lane, "cp.async.commit_group;")
+            give = take
+            take += STAGE_BYTES
+            take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
+        raw += STAGE_BYTES
+        x_at += 128
+        carry = state
+        u = ()
+        for j in gl.static_range(4):
+            state, cursor, coded, carry = next_word(
+                state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
+            )
+            u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
+        c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+        x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
+        u = ()
+        for j in gl.static_range(4, 8):
+            state, cursor, coded, carry = next_word(
+                state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
+            )
+            u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
+        c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+        x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
+    return c
 
 
 @gluon.jit
 def rans_linear_kernel(
-    heads, words, offsets, table, scale, bias, x, y, M, N, K, tiles, units, panel_units, scale_stride,
-    CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, COLUMN_BLOCKS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-    WORD_BYTES: gl.constexpr, BUFFERS: gl.constexpr, OVERLAP: gl.constexpr,
+    heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes, word_base,
+    TILES: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
+    COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, OVERLAP: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] @ W.T for panel program_id(0); K a multiple of 64, x contiguous and 16-byte aligned.
 
-    Shared memory: table | words, two buffers a warp | ring of raw planes, STAGES a warp | sums of every tile. Words
-    stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
+    Shared memory: table | words, two buffers a warp if it has several tiles | ring of raw planes | sums of every tile.
+    Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
     OVERLAP lets the next kernel of the stream begin while this one ends (programmatic dependent launch).
     """
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
     L: gl.constexpr = thread_layout(WARPS)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
+    WORDS: gl.constexpr = WORD_BYTES if TILES <= WARPS else 2 * WORD_BYTES
+    RING: gl.constexpr = STAGES * 128 * RAW
     tid = gl.arange(0, 32 * WARPS, layout=L)
     lane = (tid % 32).to(gl.uint32)
     warp = tid // 32
-    one = gl.full_like(lane, 1)
     piece0 = gl.allocate_shared_memory(gl.int32, [SHARED0], SHARED)
     piece1 = gl.allocate_shared_memory(gl.int32, [SHARED1], SHARED)
     piece2 = gl.allocate_shared_memory(gl.int32, [SHARED2], SHARED)
-    TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
-    STAGE_BYTES: gl.constexpr = 128 * RAW
     base = shared_base(tid)
-    word_buffer = base + TABLE_BYTES + (warp * (BUFFERS * WORD_BYTES)).to(gl.uint32)
-    ring = base + TABLE_BYTES + WARPS * BUFFERS * WORD_BYTES + (warp * (STAGES * STAGE_BYTES)).to(gl.uint32)
-    partial = base + TABLE_BYTES + WARPS * (BUFFERS * WORD_BYTES + STAGES * STAGE_BYTES)
-
+    word_buffer = base + TABLE_BYTES + (warp * WORDS).to(gl.uint32)
+    ring = base + TABLE_BYTES + WARPS * WORDS + (warp * RING).to(gl.uint32)
+    partial = base + TABLE_BYTES + WARPS * (WORDS + RING)
     panel = gl.program_id(0)
-    panel_bytes = (tiles + panel_units * RAW) * 128
-    heads += panel.to(gl.int64) * panel_bytes // 4
-    stage_table(base, table, tid, TABLE_BYTES, WARPS)
-    stage_words(word_buffer, words, offsets + panel * tiles, warp, tiles, lane, WORD_BYTES)
-    execute(tid, "cp.async.commit_group;")
-    if OVERLAP:
-        execute(tid, "griddepcontrol.wait;")
+    heads += panel.to(gl.int64) * ((TILES + panel_units * RAW) * 32)
+    offsets += panel * TILES
 
-    below = (one << lane) - 1
+    stage_table(base, table, tid, TABLE_BYTES, WARPS)
+    stage_words(word_buffer, words, offsets, warp, TILES, lane, WORD_BYTES)
+    execute(tid, "cp.async.commit_group;")
+    begun = begin_tile(heads, warp, units, panel_units, ring, lane, RAW, STAGES)
+    if OVERLAP:
+        # weights are nobody's result; x is
+        execute(tid, "griddepcontrol.wait;")
+    factors = (gl.full_like(lane, 1) * entry_bytes, gl.full_like(lane, 1) * word_base)
     row = (lane // 4).to(gl.int32)
     rows_on = ()
     for n in gl.static_range(COLUMN_BLOCKS):
         rows_on = rows_on + ((8 * n + row < M).to(gl.uint32),)
     x_lane = (x + row.to(gl.int64) * K + (lane % 4).to(gl.int32) * 8).to(gl.uint64)
-    for first in range(0, tiles, WARPS):
+    x_at = x_lane + (warp.to(gl.int64) * units * 128).to(gl.uint64)
+    execute(tid, wait_text(STAGES - 1))
+    block_barrier()
+    if TILES > WARPS:
+        stage_words(word_buffer + WORD_BYTES, words, offsets, warp + WARPS, TILES, lane, WORD_BYTES)
+    c = multiply_tile(begun, units, word_buffer, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS, CODED,
+                      RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
+    store_partial(partial + (warp * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
+    for first in range(WARPS, TILES, WARPS):
         tile = first + warp
-        left = gl.minimum(panel_units - tile * units, units)
-        head = (heads + tile.to(gl.int64) * ((1 + units * RAW) * 32)).to(gl.uint64)
-        state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
-        raw = head + 128
-        for s in gl.static_range(STAGES - 1):
-            stage_raw(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW)
-            execute(tid, "cp.async.commit_group;")
-        x_at = x_lane + (tile.to(gl.int64) * units * 128).to(gl.uint64)
-        on = only(rows_on, left > 0, COLUMN_BLOCKS)
-        x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
-        x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
+        buffer = first // WARPS % 2 * WORD_BYTES
+        begun = begin_tile(heads, tile, units, panel_units, ring, lane, RAW, STAGES)
         execute(tid, wait_text(STAGES - 1))
-        if first == 0:
-            # the table is the block's; after that a warp shares words with nobody
-            block_barrier()
-        else:
-            execute(tid, "bar.warp.sync 0xffffffff;")
-        cursor = word_buffer
-        if BUFFERS == 2:
-            second = first // WARPS % 2 * WORD_BYTES
-            cursor = word_buffer + second.to(gl.uint32)
-            other = word_buffer + (WORD_BYTES - second).to(gl.uint32)
-            stage_words(other, words, offsets + panel * tiles, tile + WARPS, tiles, lane, WORD_BYTES)
-        zero = gl.full_like(tid, 0).to(gl.float32)
-        c = ((zero, zero, zero, zero),) * COLUMN_BLOCKS
-        take = ring
-        give = ring + (STAGES - 1) * STAGE_BYTES
-        for unit in range(0, units):
-            execute(tid, wait_text(STAGES - 2))
-            four, two, single = load_raw(take, lane, RAW)
-            stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW)
-            execute(tid, "cp.async.commit_group;")
-            give = take
-            take += STAGE_BYTES
-            take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
-            raw += STAGE_BYTES
-            x_at += 128
-            on = only(rows_on, unit + 1 < left, COLUMN_BLOCKS)
-            carry = state
-            u = ()
-            for j in gl.static_range(4):
-                state, cursor, coded, carry = next_word(state, cursor, base, below, j, carry, CODED, RAW, PRECISION)
-                u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
-            c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
-            x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
-            u = ()
-            for j in gl.static_range(4, 8):
-                state, cursor, coded, carry = next_word(state, cursor, base, below, j, carry, CODED, RAW, PRECISION)
-                u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
-            c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
-            x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
+        execute(tid, "bar.warp.sync 0xffffffff;")
+        other = word_buffer + (WORD_BYTES - buffer).to(gl.uint32)
+        stage_words(other, words, offsets, tile + WARPS, TILES, lane, WORD_BYTES)
+        x_at += (gl.full_like(lane, 128 * WARPS) * units).to(gl.uint64)
+        c = multiply_tile(begun, units, word_buffer + buffer.to(gl.uint32), ring, base, factors, x_at, rows_on, K, lane,
+                          COLUMN_BLOCKS, CODED, RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
         store_partial(partial + (tile * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     if OVERLAP:
         execute(tid, "griddepcontrol.launch_dependents;")
     block_barrier()
-    finish_panel(partial, tiles, scale, bias, y, tid, panel, M, N, scale_stride, COLUMN_BLOCKS, WARPS, HAS_BIAS)
+    finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, COLUMN_BLOCKS, WARPS, HAS_BIAS)
     # the one store that Gluon sees: it declares the shared memory that the assembly above addresses
     block_barrier()
     piece0.slice(0, 32 * WARPS).store(tid)
@@ -152,28 +199,38 @@ def rans_linear_gluon(
         bias: [N] or None.
         launch: configuration; None takes the table's.
     """
-    n, layout = weight.layout.shape[0], weight.layout
+    x = pad_columns(x)
+    y = torch.empty(len(x), weight.layout.shape[0], dtype=x.dtype, device=x.device)
+    for first in range(0, len(x), MAX_ROWS):
+        multiply_rows(x[first : first + MAX_ROWS], weight, scale, bias, y[first:], launch)
+    return y
+
+
+def multiply_rows(
+    x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None, y: Tensor, launch: Launch | None
+) -> None:
+    """One launch, into the first rows of y."""
+    layout, (m, k) = weight.layout, x.shape
     panels, tiles = layout.grid
     coded, raw = layout.split.coded_bits, layout.split.raw_bits
-    x = pad_columns(x)
-    y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
     word_bytes = word_buffer_bytes(weight.word_rows)
-    for first in range(0, len(x), MAX_ROWS):
-        part = x[first : first + MAX_ROWS]
-        m = len(part)
-        column_blocks = triton.next_power_of_2(-(-m // 8))
-        warps, stages, overlap = launch or choose_launch(x.device, layout.shape, column_blocks, tiles)
+    column_blocks = triton.next_power_of_2(-(-m // 8))
+    warps, stages, overlap = launch or choose_launch(x.device, layout.shape, column_blocks, tiles)
+
+    def shared_bytes(warps: int) -> int:
         buffers = 1 if tiles <= warps else 2
         behind = warps * stages * 128 * raw + -(-tiles // warps) * warps * 512 * column_blocks
         # a damaged stream's cursor takes at most a word a symbol and lane
         runs_on = 64 * layout.units * layout.unit_symbols
-        pieces = shared_pieces(weight.table.nbytes + warps * buffers * word_bytes + max(behind, runs_on))
-        rans_linear_kernel[(panels,)](
-            weight.heads, weight.words, weight.offsets, weight.table, scale, scale if bias is None else bias, part,
-            y[first:], m, n, x.shape[1], tiles, layout.units, layout.panel_units, int(scale.shape[0] > 1),
-            CODED=coded, RAW=raw, PRECISION=layout.probability_bits, COLUMN_BLOCKS=column_blocks,
-            HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages,
-            WORD_BYTES=word_bytes, BUFFERS=buffers, OVERLAP=overlap,
-            SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, launch_pdl=overlap,
-        )  # fmt: skip
-    return y
+        return weight.table.nbytes + warps * buffers * word_bytes + max(behind, runs_on)
+
+    warps = fit_shared(x.device, warps, shared_bytes)
+    pieces = shared_pieces(shared_bytes(warps))
+    rans_linear_kernel[(panels,)](
+        weight.heads, weight.words, weight.offsets, weight.table, scale, scale if bias is None else bias, x, y, m,
+        layout.shape[0], k, layout.units, layout.panel_units, int(scale.shape[0] > 1), 4 if coded == 8 else 8, 1 << 16,
+        TILES=tiles, CODED=coded, RAW=raw, PRECISION=layout.probability_bits, COLUMN_BLOCKS=column_blocks,
+        HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages,
+        WORD_BYTES=word_bytes, OVERLAP=overlap,
+        SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, launch_pdl=overlap,
+    )  # fmt: skip
