@@ -208,38 +208,50 @@ def lane_positions() -> NDArray[np.int32]:
     return np.stack([row, column], axis=-1).astype(np.int32)
 
 
-class RawFields(NamedTuple):
-    """The fields that raw bits are cut into, lowest first, and where they stand in a unit's raw plane; int64."""
+class RawPieces(NamedTuple):
+    """The pieces that raw bits are cut into, and where they stand in a unit's raw plane; int64.
 
-    shift: NDArray[np.int64]
-    """In the raw bits: [F]."""
-    width: NDArray[np.int64]
-    """[F]."""
-    word: NDArray[np.int64]
-    """32-bit word of the unit's `raw_bits` * 32, by lane and weight: [F, 32, 32]."""
-    bit: NDArray[np.int64]
-    """First bit in the word, by weight: [F, 32]."""
-
-
-def raw_fields(raw_bits: int) -> RawFields:
-    """Where the raw bits of a unit stand in its plane of `raw_bits` * 32 words of 32 bits.
-
-    The raw bits are cut, lowest first, into fields of 4, 2 and 1 bits (those that add up to `raw_bits`), and a field
-    has as many words a lane, side by side: word v of lane l of a field of w bits is word w l + v behind the fields
-    before it. Of weight 4 j + i, a 4-bit field lies in v = j // 2 at bit 8 i + 4 (j % 2), a 2-bit field in v = j // 4
-    at bit 8 i + 2 (j % 4), a 1-bit field at bit 8 i + j.
+    A piece is some bits of the raw bits of weights 4 j to 4 j + 3, a quad: those of weight 4 j + i stand in byte i of a
+    word.
     """
-    widths = [width for width in (4, 2, 1) if raw_bits & width]
-    width = np.array(widths, np.int64)
-    shift = np.cumsum(width) - width
-    lane, weight = np.arange(LANES)[:, None], np.arange(LANE_WEIGHTS)
-    j, i = weight // 4, weight % 4
-    shape = (len(widths), LANES, LANE_WEIGHTS)
-    words = [LANES * s + w * lane + j * w // 8 for w, s in zip(widths, shift, strict=True)]
-    bits = [8 * i + w * (j % (8 // w)) for w in widths]
-    return RawFields(
-        shift, width, np.array(words, np.int64).reshape(shape), np.array(bits, np.int64).reshape(shape[0], shape[2])
-    )
+
+    quad: NDArray[np.int64]
+    """j, [P]."""
+    shift: NDArray[np.int64]
+    """Lowest bit, in the raw bits: [P]."""
+    width: NDArray[np.int64]
+    """Number of bits: [P]."""
+    bit: NDArray[np.int64]
+    """Lowest bit, in the byte: [P]."""
+    word: NDArray[np.int64]
+    """32-bit word of the plane's `raw_bits` * 32, by lane: [P, 32]."""
+
+
+def raw_pieces(raw_bits: int) -> RawPieces:
+    """How the raw bits of a unit fill its plane: whole where they fit, which costs a decoder least.
+
+    A lane has R = `raw_bits` words. Each holds the raw bits of f = 8 // R quads whole, in ascending order from its
+    lowest bits; the 8 - f R bits that are left at the top of every byte, word after word, are the 8 - f R last quads.
+    In memory words stand lane by lane in groups of 4, 2 and 1 (those that add up to R), so that one load takes a group.
+    """
+    whole = 8 // raw_bits if raw_bits else 0
+    left = 8 - whole * raw_bits
+    pieces = [(j, 0, raw_bits, j % whole * raw_bits, j // whole) for j in range(whole * raw_bits)]
+    for j in range(whole * raw_bits, 8 if raw_bits else 0):
+        first = (j - whole * raw_bits) * raw_bits
+        for word in range(raw_bits):
+            begin, end = max(first, word * left), min(first + raw_bits, (word + 1) * left)
+            if begin < end:
+                pieces.append((j, begin - first, end - begin, whole * raw_bits + begin - word * left, word))
+    quad, shift, width, bit, index = np.array(pieces, np.int64).reshape(-1, 5).T
+    words = np.zeros((raw_bits, LANES), np.int64)
+    for group in (4, 2, 1):
+        if raw_bits & group:
+            # the groups before this one are the larger ones
+            before = raw_bits & ~(2 * group - 1)
+            within = group * np.arange(LANES) + np.arange(group)[:, None]
+            words[before : before + group] = LANES * before + within
+    return RawPieces(quad, shift, width, bit, words[index])
 
 
 def crc32(array: NDArray[Any]) -> int:

@@ -19,7 +19,7 @@ from rans_kernels.format import (
     Split,
     TileLayout,
     lane_positions,
-    raw_fields,
+    raw_pieces,
 )
 
 LAYOUTS = [
@@ -59,13 +59,15 @@ def test_heads_are_disjoint_and_cover_their_rows(layout):
 @pytest.mark.parametrize("raw_bits", range(8))
 def test_every_raw_bit_has_one_place(raw_bits):
     taken = set()
-    for shift, width, word, bit in zip(*raw_fields(raw_bits), strict=True):
-        assert shift + width <= raw_bits
-        for w, b in zip(word.flat, np.broadcast_to(bit, word.shape).flat, strict=True):
-            places = {(int(w), int(b) + i) for i in range(width)}
-            assert not places & taken
-            taken |= places
-    assert taken == {(word, bit) for word in range(raw_bits * LANES) for bit in range(32)}
+    bits_of_quad = np.zeros((8, raw_bits), int)
+    for quad, shift, width, bit, word in zip(*raw_pieces(raw_bits), strict=True):
+        bits_of_quad[quad, shift : shift + width] += 1
+        places = {(int(w), int(bit) + i) for w in word for i in range(width)}
+        assert not places & taken
+        taken |= places
+    # every bit of every byte of every word, and every raw bit of every weight, once
+    assert taken == {(word, bit) for word in range(raw_bits * LANES) for bit in range(8)}
+    assert (bits_of_quad == 1).all()
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)

@@ -17,7 +17,7 @@ from rans_kernels.format import (
     FormatError,
     TileLayout,
     lane_positions,
-    raw_fields,
+    raw_pieces,
 )
 
 RUN_UNITS = 1024
@@ -59,12 +59,11 @@ def decode_tiles(
     rows = offsets.astype(np.int64)
     # weights 4 j to 4 j + 3 of a lane stand side by side, a quad of 32 bits
     quads = np.ascontiguousarray((lane_positions()[:, ::4] @ [UNIT_COLUMNS, 1]).T // 4)
-    shift, width, word, bit = raw_fields(layout.split.raw_bits)
-    fields = shift, width, np.ascontiguousarray(word[:, :, ::4].swapaxes(1, 2)), bit[:, ::4]
     heads, words = np.ascontiguousarray(heads), np.ascontiguousarray(words)
     args = (
         heads.view(np.uint32).reshape(-1), words.view(np.uint16).reshape(-1), _slots(freqs), layout.probability_bits,
-        min(layout.units, layout.panel_units), layout.split.coded_bits, layout.split.raw_bits, *fields, quads,
+        min(layout.units, layout.panel_units), layout.split.coded_bits, layout.split.raw_bits,
+        *raw_pieces(layout.split.raw_bits), quads,
         _values(layout), out,
     )  # fmt: skip
 
@@ -127,7 +126,7 @@ def _decode_symbols(state, words, slots, probability_bits, symbols):
 
 
 @njit(nogil=True, cache=True)
-def _unit_quads(symbols, plane, coded_bits, raw_bits, field_shift, field_width, field_word, field_bit, quad):
+def _unit_quads(symbols, plane, coded_bits, raw_bits, piece_quad, shifts, widths, bits, piece_word, quad):
     """The quads of a unit, [8, 32], coded and raw bits of a weight in a byte."""
     per_symbol, mask = 8 // coded_bits, (1 << coded_bits) - 1
     quad[:] = 0
@@ -136,12 +135,11 @@ def _unit_quads(symbols, plane, coded_bits, raw_bits, field_shift, field_width, 
         # not LANES: a short loop of known length is unrolled, one of unknown length vectorised
         for lane in range(quad.shape[1]):
             quad[e // 4, lane] |= (np.int64(symbols[e // per_symbol, lane]) >> bit & mask) << shift
-    for f in range(len(field_shift)):
+    for p in range(len(piece_quad)):
         # four weights, 8 bits apart there as well, at a time
-        mask = 0x01010101 * ((1 << field_width[f]) - 1)
-        for j in range(quad.shape[0]):
-            for lane in range(quad.shape[1]):
-                quad[j, lane] |= (np.int64(plane[field_word[f, j, lane]]) >> field_bit[f, j] & mask) << field_shift[f]
+        j, mask = piece_quad[p], 0x01010101 * ((1 << widths[p]) - 1)
+        for lane in range(quad.shape[1]):
+            quad[j, lane] |= (np.int64(plane[piece_word[p, lane]]) >> bits[p] & mask) << shifts[p]
 
 
 @njit(nogil=True, cache=True)
@@ -156,7 +154,7 @@ def _store(block, values, out):
 @njit(nogil=True, cache=True)
 def _decode_run(
     places, heads, words, slots, probability_bits, units, coded_bits, raw_bits,
-    field_shift, field_width, field_word, field_bit, quads, values, out,
+    piece_quad, shifts, widths, bits, piece_word, quads, values, out,
 ):  # fmt: skip
     """Decode tiles into `out`; (fault, index of the tile), fault 0 if all is well."""
     unit_symbols, plane = LANE_WEIGHTS * coded_bits // 8, raw_bits * LANES
@@ -184,7 +182,7 @@ def _decode_run(
             head += plane if u else LANES
             _unit_quads(
                 symbols[u * unit_symbols : (u + 1) * unit_symbols], heads[head : head + plane], coded_bits, raw_bits,
-                field_shift, field_width, field_word, field_bit, quad,
+                piece_quad, shifts, widths, bits, piece_word, quad,
             )  # fmt: skip
             for j in range(quads.shape[0]):
                 for lane in range(quads.shape[1]):

@@ -23,7 +23,7 @@ from rans_kernels.format import (
     FormatError,
     TileLayout,
     lane_positions,
-    raw_fields,
+    raw_pieces,
 )
 
 RUN_UNITS = 1024
@@ -99,8 +99,7 @@ class _Encoder:
         # weights 4 j to 4 j + 3 of a lane stand side by side, a quad of 32 bits
         row, column = np.moveaxis(lane_positions()[:, ::4], -1, 0)
         self.quads = np.ascontiguousarray((row * self.units * UNIT_COLUMNS + column).T // 4)
-        shift, width, word, bit = raw_fields(layout.split.raw_bits)
-        self.fields = shift, width, np.ascontiguousarray(word[:, :, ::4].swapaxes(1, 2)), bit[:, ::4]
+        self.pieces = raw_pieces(layout.split.raw_bits)
 
     def _run(self, run: range) -> tuple:
         """What the compiled loops need to know of a run's tiles."""
@@ -121,7 +120,7 @@ class _Encoder:
         out = np.empty((len(run) * most // ROW_WORDS, ROW_WORDS), np.int16)
         sizes = np.empty(len(run), np.int64)
         rows = _encode_run(  # type: ignore[call-arg]
-            *self._run(run), *self.fields, f, cumulative(freqs)[:256], 1 / np.maximum(f, 1), layout.probability_bits,
+            *self._run(run), *self.pieces, f, cumulative(freqs)[:256], 1 / np.maximum(f, 1), layout.probability_bits,
             most, head_rows, self.heads.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1), sizes,
         )  # fmt: skip
         return out[:rows].copy(), sizes
@@ -162,14 +161,13 @@ def _unit_symbols(quad, coded_bits, raw_bits, out):
 
 
 @njit(nogil=True, cache=True)
-def _pack_raw(quad, field_shift, field_width, field_word, field_bit, out):
+def _pack_raw(quad, piece_quad, shifts, widths, bits, piece_word, out):
     """Raw plane of a unit, [raw_bits * 32], from its quads: four weights, 8 bits apart there as well, at a time."""
     out[:] = 0
-    for f in range(len(field_shift)):
-        mask = 0x01010101 * ((1 << field_width[f]) - 1)
-        for j in range(quad.shape[0]):
-            for lane in range(quad.shape[1]):
-                out[field_word[f, j, lane]] |= (quad[j, lane] >> field_shift[f] & mask) << field_bit[f, j]
+    for p in range(len(piece_quad)):
+        j, mask = piece_quad[p], 0x01010101 * ((1 << widths[p]) - 1)
+        for lane in range(quad.shape[1]):
+            out[piece_word[p, lane]] |= (quad[j, lane] >> shifts[p] & mask) << bits[p]
 
 
 @njit(nogil=True, cache=True)
@@ -220,7 +218,7 @@ def _encode_symbols(symbols, freq, start, inverse, probability_bits, words):
 
 @njit(nogil=True, cache=True)
 def _encode_run(
-    weights, places, units, codes, quads, coded_bits, raw_bits, field_shift, field_width, field_word, field_bit,
+    weights, places, units, codes, quads, coded_bits, raw_bits, piece_quad, shifts, widths, bits, piece_word,
     freq, start, inverse, probability_bits, most, head_rows, heads, out, sizes,
 ):  # fmt: skip
     """Encode tiles into `heads` and `out`; returns the rows of words written."""
@@ -237,7 +235,7 @@ def _encode_run(
             _unit_symbols(quad, coded_bits, raw_bits, symbols[u * unit_symbols : (u + 1) * unit_symbols])
             plane = head + LANES + u * raw_bits * LANES
             _pack_raw(
-                quad, field_shift, field_width, field_word, field_bit, heads[plane : plane + raw_bits * LANES]
+                quad, piece_quad, shifts, widths, bits, piece_word, heads[plane : plane + raw_bits * LANES]
             )  # fmt: skip
         state, first = _encode_symbols(symbols[: live * unit_symbols], freq, start, inverse, probability_bits, words)
         heads[head : head + LANES] = state

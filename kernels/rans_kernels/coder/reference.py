@@ -46,15 +46,23 @@ def _raw_bits(planes: NDArray[np.uint32], raw_bits: int) -> NDArray[np.int64]:
     """Raw bits of every weight of a tile, [units, 32 weights, 32 lanes], from its planes [units, raw_bits * 32]."""
     lane = np.arange(32)
     raw = np.zeros((len(planes), 32, 32), np.int64)
+    if not raw_bits:
+        return raw
+    # the words of a lane, group by group
+    words, first = [], 0
+    for group in (4, 2, 1):
+        if raw_bits & group:
+            words += [planes[:, 32 * first + group * lane + v].astype(np.int64) for v in range(group)]
+            first += group
+    whole = 8 // raw_bits
     for e in range(32):
         j, i = divmod(e, 4)
-        first, shift = 0, 0
-        for width in (4, 2, 1):
-            if raw_bits & width:
-                word = first + width * lane + j * width // 8
-                bit = 8 * i + width * (j % (8 // width))
-                raw[:, e] |= (planes[:, word].astype(np.int64) >> bit) % 2**width << shift
-                first, shift = first + 32 * width, shift + width
+        if j < whole * raw_bits:
+            raw[:, e] = words[j // whole] >> (8 * i + j % whole * raw_bits) & ((1 << raw_bits) - 1)
+            continue
+        for b in range(raw_bits):
+            v, above = divmod((j - whole * raw_bits) * raw_bits + b, 8 - whole * raw_bits)
+            raw[:, e] |= (words[v] >> (8 * i + whole * raw_bits + above) & 1) << b
     return raw
 
 

@@ -60,23 +60,35 @@ def coded_bits(words, table, state, word, end, CODED: tl.constexpr, PROBABILITY_
 
 
 @triton.jit
+def raw_word(plane, lane, v, live, RAW: tl.constexpr):
+    """Word v of a lane's RAW words of a raw plane, in groups of 4, 2 and 1 lane by lane."""
+    at = 32 * (RAW - 1) + lane
+    if RAW & 2:
+        at = tl.where(v < RAW // 2 * 2, 32 * (RAW & 4) + 2 * lane + v - (RAW & 4), at)
+    if RAW & 4:
+        at = tl.where(v < 4, 4 * lane + v, at)
+    return tl.load(plane + at, mask=live, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def raw_bits(plane, half, live, RAW: tl.constexpr):
     """Raw bits of half a unit from its raw plane [TILES, 1]: uint32, broadcasts to [TILES, 32, 2, 8]."""
     plane, live = plane[:, :, None, None], live[:, :, None, None]
     lane = tl.arange(0, 32)[None, :, None, None]
     row = tl.arange(0, 2)[None, None, :, None]
     column = tl.arange(0, 8)[None, None, None, :]
-    j, i = column // 4, column % 4
+    j, i = 4 * half + 2 * row + column // 4, column % 4
     bits = tl.zeros([1, 1, 1, 1], tl.uint32)
-    if RAW & 4:
-        field = tl.load(plane + 4 * lane + 2 * half + row, mask=live, other=0).to(tl.uint32, bitcast=True)
-        bits = (field >> (8 * i + 4 * j)) & 15
-    if RAW & 2:
-        field = tl.load(plane + 32 * (RAW & 4) + 2 * lane + half, mask=live, other=0).to(tl.uint32, bitcast=True)
-        bits = bits | (((field >> (8 * i + 4 * row + 2 * j)) & 3) << (RAW & 4))
-    if RAW & 1:
-        field = tl.load(plane + 32 * (RAW & 6) + lane, mask=live, other=0).to(tl.uint32, bitcast=True)
-        bits = bits | (((field >> (8 * i + 4 * half + 2 * row + j)) & 1) << (RAW & 6))
+    if RAW > 0:
+        WHOLE: tl.constexpr = 8 // RAW
+        LEFT: tl.constexpr = 8 - WHOLE * RAW
+        word = raw_word(plane, lane, j // WHOLE, live & (j < WHOLE * RAW), RAW)
+        bits = (word >> (8 * i + j % WHOLE * RAW)) & ((1 << RAW) - 1)
+        if LEFT > 0:
+            for b in tl.static_range(RAW):
+                at = (j - WHOLE * RAW) * RAW + b
+                word = raw_word(plane, lane, at // LEFT, live & (j >= WHOLE * RAW), RAW)
+                bits = bits | (((word >> (8 * i + WHOLE * RAW + at % LEFT)) & 1) << b)
     return bits
 
 

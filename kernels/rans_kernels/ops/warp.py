@@ -4,6 +4,9 @@ The words of a tile lie in shared memory and are shared by the warp: a ballot sa
 word is found by counting the lanes below it. See docs/format.md for the order of everything.
 """
 
+# tuples grow in loops that are unrolled
+# mypy: disable-error-code="assignment"
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -117,35 +120,25 @@ def stage_raw(address, pointer, lane, on, RAW: gl.constexpr):
 
 
 @gluon.jit
-def load_raw(address, lane, RAW: gl.constexpr):
-    """This lane's raw words of a unit: four of the 4-bit field, two of the 2-bit field, one of the 1-bit field."""
-    zero = gl.full_like(lane, 0)
-    four = (zero, zero, zero, zero)
-    two = (zero, zero)
-    one = zero
-    if RAW & 4:
-        four = load_shared(address + lane * 16, 4)
-    if RAW & 2:
-        two = load_shared(address + 128 * (RAW & 4) + lane * 8, 2)
-    if RAW & 1:
-        one = load_shared(address + 128 * (RAW - 1) + lane * 4, 1)[0]
-    return four, two, one
+def load_words(at, on, N: gl.constexpr, SHARED: gl.constexpr):
+    """N words from shared memory, or from global memory where `on` is not 0 and past the L1, as they are read once."""
+    if SHARED:
+        return load_shared(at, N)
+    else:
+        return load_global(at, on, N, False)
 
 
 @gluon.jit
-def fetch_raw(pointer, lane, on, RAW: gl.constexpr):
-    """As `load_raw`, from global memory."""
-    zero = gl.full_like(lane, 0)
-    four = (zero, zero, zero, zero)
-    two = (zero, zero)
-    one = zero
+def load_raw(at, lane, on, RAW: gl.constexpr, SHARED: gl.constexpr):
+    """This lane's RAW words of a unit's raw plane; one of zeros if RAW is 0."""
+    plane = ()
     if RAW & 4:
-        four = load_global(pointer + (lane * 16).to(gl.uint64), on, 4, False)
+        plane = plane + load_words(at + (lane * 16).to(at.dtype), on, 4, SHARED)
     if RAW & 2:
-        two = load_global(pointer + (128 * (RAW & 4) + lane * 8).to(gl.uint64), on, 2, False)
+        plane = plane + load_words(at + (128 * (RAW & 4) + lane * 8).to(at.dtype), on, 2, SHARED)
     if RAW & 1:
-        one = load_global(pointer + (128 * (RAW - 1) + lane * 4).to(gl.uint64), on, 1, False)[0]
-    return four, two, one
+        plane = plane + load_words(at + (128 * (RAW - 1) + lane * 4).to(at.dtype), on, 1, SHARED)
+    return plane if RAW else (gl.full_like(lane, 0),)
 
 
 @gluon.jit
@@ -161,15 +154,29 @@ def place(word, BIT: gl.constexpr, TO: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def raw_bits(four, two, one, J: gl.constexpr, RAW: gl.constexpr):
-    """Raw bits of the four weights of word J, a byte each."""
-    bits = gl.full_like(one, 0)
-    if RAW & 4:
-        bits = place(four[J // 2], J % 2 * 4, 0, 4)
-    if RAW & 2:
-        bits = bits | place(two[J // 4], J % 4 * 2, RAW & 4, 2)
-    if RAW & 1:
-        bits = bits | place(one, J, RAW - 1, 1)
+def piece(word, bits, V: gl.constexpr, J: gl.constexpr, RAW: gl.constexpr):
+    """`bits` and what word V of the unit, `word`, holds of a field that is in pieces, that of word J."""
+    WHOLE: gl.constexpr = 8 // RAW
+    LEFT: gl.constexpr = 8 - WHOLE * RAW
+    FIRST: gl.constexpr = (J - WHOLE * RAW) * RAW
+    BEGIN: gl.constexpr = max(FIRST, V * LEFT)
+    END: gl.constexpr = min(FIRST + RAW, (V + 1) * LEFT)
+    if BEGIN < END:
+        bits = bits | place(word, WHOLE * RAW + BEGIN - V * LEFT, BEGIN - FIRST, END - BEGIN)
+    return bits
+
+
+@gluon.jit
+def raw_bits(plane, J: gl.constexpr, RAW: gl.constexpr):
+    """Raw bits of the four weights of word J, a byte each, from a lane's words of a unit (format.raw_pieces)."""
+    bits = gl.full_like(plane[0], 0)
+    if RAW > 0:
+        WHOLE: gl.constexpr = 8 // RAW
+        if J < WHOLE * RAW:
+            bits = place(plane[J // WHOLE], J % WHOLE * RAW, 0, RAW)
+        else:
+            for v in gl.static_range(RAW):
+                bits = piece(plane[v], bits, v, J, RAW)
     return bits
 
 

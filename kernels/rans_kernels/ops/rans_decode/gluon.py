@@ -74,7 +74,8 @@ def rans_decode_kernel(
         execute(tid, "cp.async.commit_group;")
     execute(tid, wait_text(STAGES - 1))
     block_barrier()
-    below = (gl.full_like(lane, 1) << lane) - 1
+    one = gl.full_like(lane, 1)
+    below = (one << lane) - 1
     factors = (gl.full_like(lane, 1) * entry_bytes, gl.full_like(lane, 1) * word_base)
     row = panel * 16 + (lane // 4).to(gl.int32)
     column = across * units * 64 + (lane % 4).to(gl.int32) * 8
@@ -90,7 +91,7 @@ def rans_decode_kernel(
     carry = state
     for unit in range(0, units):
         execute(tid, wait_text(STAGES - 2))
-        four, two, single = load_raw(take, lane, RAW)
+        plane = load_raw(take, lane, one, RAW, True)
         stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW)
         execute(tid, "cp.async.commit_group;")
         give = take
@@ -102,7 +103,7 @@ def rans_decode_kernel(
             state, cursor, coded, carry = next_word(
                 state, cursor, base, below, factors, j, carry, CODED, RAW, PRECISION
             )
-            u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
+            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
         for h in gl.static_range(2):
             inside = (unit < left) & (column + 32 * h < K)
             upper_on = (inside & (row < N)).to(gl.uint32)

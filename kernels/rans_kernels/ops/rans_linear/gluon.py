@@ -29,7 +29,6 @@ from rans_kernels.ops.simt import (
 from rans_kernels.ops.warp import (
     codes,
     entry_words,
-    fetch_raw,
     load_raw,
     next_word,
     raw_bits,
@@ -50,7 +49,7 @@ def begin_tile(heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, S
     head = (heads + tile.to(gl.int64) * ((1 + units * RAW) * 32)).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     raw = head + 128
-    planes = fetch_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0)
+    planes = load_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, False)
     for s in gl.static_range(STAGES - 1):
         stage_raw(ring + s * 128 * RAW, raw + s * 128 * RAW, lane, (s < left).to(gl.uint32), RAW)
         execute(lane, "cp.async.commit_group;")
@@ -65,7 +64,8 @@ def multiply_tile(
     """Sums of this warp's tile, a chain of MMAs from zero."""
     left, state, raw, planes = begun
     STAGE_BYTES: gl.constexpr = 128 * RAW
-    below = (gl.full_like(lane, 1) << lane) - 1
+    one = gl.full_like(lane, 1)
+    below = (one << lane) - 1
     on = only(rows_on, left > 0, COLUMN_BLOCKS)
     x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
     x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
@@ -76,11 +76,11 @@ def multiply_tile(
     for unit in range(0, units):
         on = only(rows_on, unit + 1 < left, COLUMN_BLOCKS)
         if STAGES == 1:
-            four, two, single = planes
-            planes = fetch_raw(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW)
+            plane = planes
+            planes = load_raw(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW, False)
         else:
             execute(lane, wait_text(STAGES - 2))
-            four, two, single = load_raw(take, lane, RAW)
+            plane = load_raw(take, lane, one, RAW, True)
             ahead = (unit + STAGES - 1 < left).to(gl.uint32)
             stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW)
             execute(lane, "cp.async.commit_group;")
@@ -95,7 +95,7 @@ def multiply_tile(
             state, cursor, coded, carry = next_word(
                 state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
             )
-            u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
+            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
         c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
         u = ()
@@ -103,7 +103,7 @@ def multiply_tile(
             state, cursor, coded, carry = next_word(
                 state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
             )
-            u = u + (codes(coded, raw_bits(four, two, single, j, RAW), CODED, RAW),)
+            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
         c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
     return c

@@ -1,0 +1,49 @@
+"""The integer parts of the warp-level kernels, run as Python on numpy: they take tiles apart as the format says."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rans_kernels.coder import encode_tiles
+from rans_kernels.format import SPLITS, TileLayout, lane_positions
+
+pytest.importorskip("triton")
+from rans_kernels.ops import warp  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def on_numpy(monkeypatch):
+    """The kernels' functions call each other and Gluon: let them find plain functions and numpy."""
+    monkeypatch.setattr(warp, "gl", SimpleNamespace(full_like=np.full_like, static_range=range))
+    for name in ("place", "piece", "raw_bits", "codes", "signed"):
+        monkeypatch.setattr(warp, name, getattr(warp, name).fn)
+
+
+def lane_words(plane, raw_bits):
+    """The words of every lane, as `load_raw` gives them: groups of 4, 2 and 1, lane by lane."""
+    words, first = [], 0
+    for group in (4, 2, 1):
+        if raw_bits & group:
+            part = plane[32 * first : 32 * (first + group)].reshape(32, group)
+            words += [part[:, v] for v in range(group)]
+            first += group
+    return tuple(words) if words else (np.zeros(32, np.uint32),)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_weights_come_out_of_raw_and_coded_bits(split):
+    w = np.random.default_rng(0).integers(split.low, -split.low, (16, 64)).astype(np.int8)
+    encoded = encode_tiles(w, TileLayout(w.shape, split, 1))
+    plane = lane_words(encoded.heads[1:].view(np.uint32).reshape(-1), split.raw_bits)
+    row, column = np.moveaxis(lane_positions(), -1, 0)
+    expected = w[row, column]
+    coded = split.parts(expected)[0].astype(np.uint32)
+    # the table puts the coded bits of C = 1 below the raw bits' top, others above them
+    place = split.raw_bits - (split.coded_bits == 1)
+    for j in range(8):
+        four = coded[:, 4 * j : 4 * j + 4] << (place + 8 * np.arange(4, dtype=np.uint32))
+        raw = warp.raw_bits(plane, j, split.raw_bits)
+        u = warp.codes(four.sum(1, dtype=np.uint32), raw, split.coded_bits, split.raw_bits)
+        decoded = warp.signed(u, split.coded_bits, split.raw_bits)
+        found = np.ascontiguousarray(decoded).view(np.int8).reshape(32, 4)
+        assert np.array_equal(found, expected[:, 4 * j : 4 * j + 4])
