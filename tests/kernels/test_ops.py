@@ -1,0 +1,74 @@
+"""The operators on the CPU: what they compute, in any shape of x, and that torch.compile can take them as they are."""
+
+import numpy as np
+import pytest
+import torch
+from rans_kernels.coder import encode_tiles
+from rans_kernels.dense import Int8Linear, int8_linear
+from rans_kernels.format import FormatError, Split, TileLayout
+from rans_kernels.linear import CompressedLinear
+from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.ops.int8_linear import int8_linear_tiled
+from rans_kernels.ops.rans_decode import rans_decode, rans_dequantize
+from rans_kernels.ops.rans_linear import rans_linear
+
+LAYOUT = TileLayout((33, 200), Split(4, 1), 2)
+
+
+def coded_weight(layout=LAYOUT):
+    """Random integers of a layout, coded and plain."""
+    w = np.random.default_rng(0).integers(layout.split.low, -layout.split.low, layout.shape).astype(np.int8)
+    e = encode_tiles(w, layout)
+    arrays = (torch.from_numpy(a) for a in (e.heads, e.words, e.offsets, e.freqs))
+    return CodedWeight.check(*arrays, layout), torch.from_numpy(w)
+
+
+@pytest.mark.parametrize("shape", [(200,), (3, 200), (2, 0, 200), (2, 3, 200)])
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_product_is_that_of_the_integers_in_any_shape(shape, group_size):
+    coded, w = coded_weight()
+    scale = torch.rand(33, 1 if group_size is None else 4)
+    x, bias = torch.randn(shape), torch.randn(33)
+    expected = int8_linear(x, w, scale, bias, group_size)
+    assert torch.equal(rans_linear(x, coded, scale, bias, group_size), expected)
+    assert torch.equal(int8_linear_tiled(x, w, scale, bias, 2, group_size), expected)
+
+
+def test_decoded_and_dequantised_weights():
+    coded, w = coded_weight()
+    scale = torch.rand(33, 1)
+    assert torch.equal(rans_decode(coded), w)
+    assert torch.equal(rans_dequantize(coded, scale, torch.bfloat16), (w * scale).to(torch.bfloat16))
+
+
+def test_the_operators_are_well_formed():
+    coded, w = coded_weight()
+    scale, x = torch.rand(33, 1), torch.randn(3, 200)
+    checks = ("test_schema", "test_faketensor")
+    arrays = (coded.heads, coded.words, coded.offsets, coded.table)
+    linear, dense = torch.ops.rans_kernels.rans_linear.default, torch.ops.rans_kernels.int8_linear.default
+    torch.library.opcheck(linear, (x, *arrays, scale, None, coded.numbers, None), test_utils=checks)
+    torch.library.opcheck(dense, (x, w, scale, None, 2), test_utils=checks)
+
+
+def test_arrays_that_a_decoder_would_leave_are_refused():
+    coded, _ = coded_weight()
+    freqs = coded.table
+    with pytest.raises(FormatError, match="offsets"):
+        CodedWeight.check(coded.heads, coded.words, coded.offsets + 1, freqs, LAYOUT)
+    with pytest.raises(FormatError, match="rows of heads"):
+        CodedWeight.check(coded.heads[1:], coded.words, coded.offsets, freqs, LAYOUT)
+    with pytest.raises(FormatError, match="frequencies"):
+        CodedWeight.check(coded.heads, coded.words, coded.offsets, freqs + 1, LAYOUT)
+
+
+def test_a_layer_and_its_dense_twin_agree():
+    coded, w = coded_weight()
+    layer = CompressedLinear(LAYOUT, len(coded.words), (33, 1), bias=True)
+    state = {"weight": coded.heads, "weight_words": coded.words, "weight_offsets": coded.offsets}
+    state |= {"weight_freqs": coded.table, "weight_scale": torch.rand(33, 1), "bias": torch.rand(33)}
+    layer.load_state_dict(state)
+    twin, x = layer.to_int8(), torch.randn(4, 200)
+    assert isinstance(twin, Int8Linear) and twin.units == LAYOUT.units
+    assert torch.equal(twin.weight_int8, w)
+    assert torch.equal(twin(x), layer(x))
