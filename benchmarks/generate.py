@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rans_kernels.coder import encode_tiles
 from rans_kernels.coder.plan import choose_probability_bits, choose_units
-from rans_kernels.dense import Int8Linear, dequantize
+from rans_kernels.dense import dequantize
 from rans_kernels.format import Split, TileLayout
 from rans_kernels.linear import CompressedLinear
 from torch import Tensor, nn

@@ -190,3 +190,14 @@ def test_the_operators_are_well_formed():
     linear = torch.ops.rans_kernels.rans_linear.default
     torch.library.opcheck(linear, (x, *arrays, scale, bias, coded.numbers, None), test_utils=checks)
     torch.library.opcheck(torch.ops.rans_kernels.int8_linear.default, (x, w, scale, bias, 2), test_utils=checks)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_weight_on_another_gpu_than_the_current_one():
+    coded, w, x, scale, bias = case((33, 200), Split(1, 4), 2, 3, torch.float16, True)
+    expected = rans_linear(x, coded, scale, bias)
+    arrays = (a.to("cuda:1") for a in (coded.heads, coded.words, coded.offsets, coded.table))
+    there = CodedWeight(*arrays, coded.layout, coded.word_rows)
+    y = rans_linear(x.to("cuda:1"), there, scale.to("cuda:1"), bias.to("cuda:1"))
+    assert torch.equal(y.cpu(), expected.cpu())
+    assert torch.equal(rans_decode(there).cpu(), w.cpu())

@@ -1,7 +1,9 @@
 """A coded weight as the kernels take it, and which kernels a device has."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ def backend_of(device: torch.device) -> str:
         return "cpu"
     nvidia = device.type == "cuda" and torch.version.hip is None
     return "gluon" if nvidia and torch.cuda.get_device_capability(device) >= (8, 0) else "triton"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one, which is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)

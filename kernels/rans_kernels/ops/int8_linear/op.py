@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rans_kernels.dense import int8_linear
-from rans_kernels.ops.coded import backend_of
+from rans_kernels.ops.coded import backend_of, on_device
 from rans_kernels.ops.rans_linear.op import uses_fused_kernel
 
 
@@ -29,7 +29,8 @@ def int8_linear_tiled(
     if backend_of(x.device) == "gluon" and uses_fused_kernel(len(rows), x.device, x.dtype, group_size):
         from rans_kernels.ops.int8_linear.gluon import int8_linear_gluon
 
-        y = int8_linear_gluon(rows, weight, scale, bias, units)
+        with on_device(x):
+            y = int8_linear_gluon(rows, weight, scale, bias, units)
     else:
         y = int8_linear(rows, weight, scale, bias, group_size)
     return y.reshape(*x.shape[:-1], len(weight))

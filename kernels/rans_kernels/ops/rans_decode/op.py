@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rans_kernels.coder import decode_tiles
 from rans_kernels.dense import dequantize
-from rans_kernels.ops.coded import CodedWeight, backend_of
+from rans_kernels.ops.coded import CodedWeight, backend_of, on_device
 
 
 def rans_decode(weight: CodedWeight) -> Tensor:
@@ -21,11 +21,13 @@ def rans_decode(weight: CodedWeight) -> Tensor:
         case "gluon":
             from rans_kernels.ops.rans_decode.gluon import rans_decode_gluon
 
-            return rans_decode_gluon(weight)
+            with on_device(weight.heads):
+                return rans_decode_gluon(weight)
         case _:
             from rans_kernels.ops.rans_decode.triton import rans_decode_triton
 
-            return rans_decode_triton(weight.heads, weight.words, weight.offsets, weight.table, weight.layout)
+            with on_device(weight.heads):
+                return rans_decode_triton(weight.heads, weight.words, weight.offsets, weight.table, weight.layout)
 
 
 def rans_dequantize(weight: CodedWeight, scale: Tensor, dtype: torch.dtype, group_size: int | None = None) -> Tensor:
@@ -40,5 +42,6 @@ def rans_dequantize(weight: CodedWeight, scale: Tensor, dtype: torch.dtype, grou
     if group_size is None and dtype != torch.float32 and backend_of(weight.heads.device) == "gluon":
         from rans_kernels.ops.rans_decode.gluon import rans_decode_gluon
 
-        return rans_decode_gluon(weight, scale, dtype)
+        with on_device(weight.heads):
+            return rans_decode_gluon(weight, scale, dtype)
     return dequantize(rans_decode(weight), scale, dtype, group_size)

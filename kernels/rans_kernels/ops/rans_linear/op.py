@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rans_kernels.ops.coded import CodedWeight, backend_of
+from rans_kernels.ops.coded import CodedWeight, backend_of, on_device
 from rans_kernels.ops.rans_linear.naive import rans_linear_naive
 
 FUSED_ROWS = {"gluon": 64, "triton": 16, "cpu": 0}
@@ -56,11 +56,13 @@ def _rans_linear(
     elif backend_of(x.device) == "gluon":
         from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
 
-        y = rans_linear_gluon(rows, weight, scale, bias)
+        with on_device(x):
+            y = rans_linear_gluon(rows, weight, scale, bias)
     else:
         from rans_kernels.ops.rans_linear.triton import rans_linear_triton
 
-        y = rans_linear_triton(rows, heads, words, offsets, table, scale, weight.layout, group_size)
+        with on_device(x):
+            y = rans_linear_triton(rows, heads, words, offsets, table, scale, weight.layout, group_size)
         y = y if bias is None else y + bias.to(y.dtype)
     return y.reshape(*x.shape[:-1], weight.layout.shape[0])
 
