@@ -11,8 +11,6 @@ from rans_kernels.ops.tuned import TUNED
 
 MAX_ROWS = 32
 """Rows of x that one launch takes; more are so many launches."""
-
-
 FULL = 48
 """Warps a multiprocessor from which latency hides itself and a ring in shared memory costs more than it brings."""
 

@@ -161,6 +161,9 @@ def rans_linear_kernel(
     block_barrier()
     if TILES > WARPS:
         stage_words(word_buffer + WORD_BYTES, words, offsets, warp + WARPS, TILES, lane, WORD_BYTES)
+        if STAGES == 1:
+            # otherwise the first unit's copies commit them
+            execute(tid, "cp.async.commit_group;")
     c = multiply_tile(begun, units, word_buffer, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS, CODED,
                       RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
     store_partial(partial + (warp * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
@@ -172,6 +175,8 @@ def rans_linear_kernel(
         execute(tid, "bar.warp.sync 0xffffffff;")
         other = word_buffer + (WORD_BYTES - buffer).to(gl.uint32)
         stage_words(other, words, offsets, tile + WARPS, TILES, lane, WORD_BYTES)
+        if STAGES == 1:
+            execute(tid, "cp.async.commit_group;")
         x_at += (gl.full_like(lane, 128 * WARPS) * units).to(gl.uint64)
         c = multiply_tile(begun, units, word_buffer + buffer.to(gl.uint32), ring, base, factors, x_at, rows_on, K, lane,
                           COLUMN_BLOCKS, CODED, RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
