@@ -39,13 +39,17 @@ class CompressedWeight(nn.Module):
         self.register_buffer("weight_offsets", torch.zeros(layout.tiles + 1, dtype=torch.int32))
         self.register_buffer("weight_freqs", torch.zeros(256, dtype=torch.int16))
         self.register_buffer("weight_scale", torch.zeros(scale_shape, dtype=torch.float32))
-        # derived, and dropped whenever the buffers move
+        # derived, and dropped whenever the buffers move or change
         self._coded: CodedWeight | None = None
         self._int8: Tensor | None = None
 
     def _apply(self, fn, recurse=True):
         self._coded = self._int8 = None
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._coded = self._int8 = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def prepare(self) -> CodedWeight:
         """Check the buffers and derive what the kernels need, once; `torch.compile` wants it done before.

@@ -62,12 +62,29 @@ def test_arrays_that_a_decoder_would_leave_are_refused():
         CodedWeight.check(coded.heads, coded.words, coded.offsets, freqs + 1, LAYOUT)
 
 
+def state_of(coded):
+    """State of a layer that holds a coded weight."""
+    state = {"weight": coded.heads, "weight_words": coded.words, "weight_offsets": coded.offsets}
+    return state | {"weight_freqs": coded.table, "weight_scale": torch.rand(33, 1), "bias": torch.rand(33)}
+
+
+def test_a_layer_that_is_loaded_again_computes_with_what_it_was_given_last():
+    # without padding, so that either has one symbol and no words
+    layout = TileLayout((32, 256), Split(4, 1), 4)
+    layer = CompressedLinear(layout, 0, (32, 1))
+    for value in (0, 3):
+        e = encode_tiles(np.full(layout.shape, value, np.int8), layout)
+        coded = CodedWeight.check(*(torch.from_numpy(a) for a in (e.heads, e.words, e.offsets, e.freqs)), layout)
+        state = state_of(coded)
+        del state["bias"]
+        layer.load_state_dict({**state, "weight_scale": torch.ones(32, 1)})
+        assert (layer.weight_int8 == value).all()
+
+
 def test_a_layer_and_its_dense_twin_agree():
     coded, w = coded_weight()
     layer = CompressedLinear(LAYOUT, len(coded.words), (33, 1), bias=True)
-    state = {"weight": coded.heads, "weight_words": coded.words, "weight_offsets": coded.offsets}
-    state |= {"weight_freqs": coded.table, "weight_scale": torch.rand(33, 1), "bias": torch.rand(33)}
-    layer.load_state_dict(state)
+    layer.load_state_dict(state_of(coded))
     twin, x = layer.to_int8(), torch.randn(4, 200)
     assert isinstance(twin, Int8Linear) and twin.units == LAYOUT.units
     assert torch.equal(twin.weight_int8, w)
