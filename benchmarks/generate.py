@@ -7,7 +7,6 @@ graph a token. Gate: over 32 prompts and 256 tokens the compressed model gives t
 """
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rans_kernels.linear import CompressedLinear
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from qat.report import environment, print_table, write_json
+from qat.report import device_slug, environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,9 +73,9 @@ def compress(layer: Any) -> CompressedLinear:
 
 def replace_linears(model: LlamaForCausalLM, kind: str) -> int:
     """Turn the layers into `compressed` ones, or compressed ones into dense `int8`; bytes of their weights then."""
-    total = 0
+    total, plain = 0, linears(model)
     for name, layer in list(model.named_modules()):
-        if kind == "compressed" and name in linears(model):
+        if kind == "compressed" and name in plain:
             new: Any = compress(layer)
             total += new.stored_bytes
         elif kind == "int8" and isinstance(layer, CompressedLinear):
@@ -185,10 +184,8 @@ def main() -> None:
                     "of_fp16_bytes": round(weights["compressed"] / weights["fp16"], 4), "divergent_tokens": 0,
                 }
             )  # fmt: skip
-    where = device.type
-    if where == "cuda":
-        where = re.sub(r"^nvidia-", "", re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))
-        write_json(RESULTS / f"generate-{where}.json", {"environment": environment(), "rows": rows})
+    if device.type == "cuda":
+        write_json(RESULTS / f"generate-{device_slug()}.json", {"environment": environment(), "rows": rows})
     kinds = ("fp16", "int8", "compressed")
     lines = [
         [r["shape"], r["batch"], *(r["tokens_s"][k] for k in kinds), r["over_fp16"], r["of_fp16_bytes"]] for r in rows

@@ -8,7 +8,6 @@ dense INT8 kernel, decoding and then cuBLAS, and torchao's INT8 weight-only prod
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from rans_kernels.ops.rans_linear import rans_linear
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.report import environment, print_table, write_json
+from qat.report import device_slug, environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
@@ -212,9 +211,8 @@ def main() -> None:
             decode_rows.append(bench_decode(layer, name))
     if args.gate_only:
         return
-    gpu = re.sub(r"^nvidia-", "", re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))
     for name, found in (("linear", rows), ("decode", decode_rows)):
-        write_json(RESULTS / f"{name}-{gpu}.json", {"environment": environment(), "rows": found})
+        write_json(RESULTS / f"{name}-{device_slug()}.json", {"environment": environment(), "rows": found})
     ways = ("ours", "cublas_fp16", "dense_int8", "decode_then_matmul", "torchao_int8")
     lines = [
         ["x".join(map(str, r["shape"])), r["batch"], r["profile"], r["entropy"], r["bits"],

@@ -14,13 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eval.consistency import consistency
 from qat.cli import compose
 from qat.export import export
 from qat.lit.build import train
-from qat.report import environment, print_table, write_json
+from qat.report import device_slug, environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -95,8 +93,7 @@ def main() -> None:
         trained = export(compose("export", f"source={checkpoint}", f"output={folder / 'trained'}"))
         judged = judge(trained, args.model, args.valid, args.windows, folder / "report", f"checkpoint={checkpoint}")
         rows.append({"method": "QAT, distillation", **judged, "seconds": round(seconds, 1)})
-    device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"qat-{Path(args.model).name}-{device}.json"
+    path = RESULTS / f"qat-{Path(args.model).name}-{device_slug()}.json"
     write_json(path, {"environment": environment(), "overrides": args.overrides, "rows": rows})
     print_table("perplexity at about 3 bits", list(rows[0]), [list(row.values()) for row in rows])
     print(f"written to {path}")

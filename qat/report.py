@@ -75,6 +75,15 @@ def output_folder(path: str | Path) -> Path:
     return folder
 
 
+def device_slug() -> str:
+    """Name of this machine's GPU as a part of file names, `h200`, or `cpu`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).removeprefix("nvidia-")
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware, command line and time of this run, as plain data."""
     import torch

@@ -71,7 +71,12 @@ def int8_linear(
         bias: [N] or None, cast to x's dtype.
         group_size: columns that share a scale, or None.
     """
-    return F.linear(x, dequantize(q, scale, x.dtype, group_size), None if bias is None else bias.to(x.dtype))
+    return linear(x, dequantize(q, scale, x.dtype, group_size), bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times weight [N, K] of x's dtype, plus the bias cast to it."""
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class Int8Linear(nn.Module):

@@ -117,8 +117,7 @@ class CompressedLinear(CompressedWeight):
 
     def to_int8(self) -> Int8Linear:
         """The same layer with its integers kept dense: equal results to the bit, on the CPU and in the GPU kernels."""
-        units = self.layout.units
-        return Int8Linear(self.decode(), self.weight_scale, self.bias, self.group_size, units)
+        return Int8Linear(self.decode(), self.weight_scale, self.bias, self.group_size, self.layout.units)
 
 
 class CompressedEmbedding(CompressedWeight):

@@ -34,6 +34,12 @@ def test_product_is_that_of_the_integers_in_any_shape(shape, group_size):
     assert torch.equal(int8_linear_tiled(x, w, scale, bias, 2, group_size), expected)
 
 
+def test_a_bias_of_another_dtype_is_cast():
+    coded, w = coded_weight()
+    scale, x, bias = torch.rand(33, 1), torch.randn(3, 200, dtype=torch.bfloat16), torch.randn(33)
+    assert torch.equal(rans_linear(x, coded, scale, bias), int8_linear(x, w, scale, bias))
+
+
 def test_decoded_and_dequantised_weights():
     coded, w = coded_weight()
     scale = torch.rand(33, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rans_kernels.format import Split, TileLayout
+from rans_kernels.format import LANES, Split, TileLayout
 from rans_kernels.ops.table import slot_table, warp_table
 
 
@@ -61,6 +61,11 @@ class CodedWeight:
             table = warp_table(freqs, layout.split) if backend == "gluon" else slot_table(freqs)
         largest = int((rows[1:] - rows[:-1]).max(initial=0))
         return cls(heads, words, offsets, table, layout, largest)
+
+    @property
+    def overrun_bytes(self) -> int:
+        """How far the cursor of a damaged tile can run: a word for every symbol of every lane."""
+        return 2 * LANES * self.layout.units * self.layout.unit_symbols
 
     @property
     def numbers(self) -> list[int]:

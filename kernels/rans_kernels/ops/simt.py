@@ -4,6 +4,8 @@ Gluon gives launch, control flow and arithmetic; what it has no word for (shared
 `cp.async` by vectors, one MMA on one warp's registers) is a line of PTX here. All of it assembles for sm_80 and later.
 """
 
+from functools import lru_cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -136,6 +138,31 @@ def shared_base(like):
     )
 
 
+@gluon.jit
+def open_block(WARPS: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr):
+    """Thread and lane, warp, the shared memory of a kernel and its address; give it back to `close_block`."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    tid = gl.arange(0, 32 * WARPS, layout=thread_layout(WARPS))
+    pieces = (
+        gl.allocate_shared_memory(gl.int32, [SHARED0], LAYOUT),
+        gl.allocate_shared_memory(gl.int32, [SHARED1], LAYOUT),
+        gl.allocate_shared_memory(gl.int32, [SHARED2], LAYOUT),
+    )
+    return tid, (tid % 32).to(gl.uint32), tid // 32, pieces, shared_base(tid)
+
+
+@gluon.jit
+def close_block(pieces, tid, WARPS: gl.constexpr):
+    """Keep the shared memory until here.
+
+    The one store that Gluon sees declares what the assembly addresses.
+    """
+    block_barrier()
+    pieces[0].slice(0, 32 * WARPS).store(tid)
+    pieces[1]._keep_alive()
+    pieces[2]._keep_alive()
+
+
 @gluon.constexpr_function
 def mma_asm(dtype):
     """m16n8k16 of half or bfloat16 operands: 4 results, 4 sums, 4 of A, 2 of B."""
@@ -166,6 +193,7 @@ def permute_asm(selector):
     return f"prmt.b32 $0, $1, $2, {selector};"
 
 
+@lru_cache
 def shared_pieces(size: int) -> tuple[int, int, int]:
     """Three powers of two (of int32) that hold `size` bytes together: Triton allocates in powers of two only."""
     need = -(-size // 1024)

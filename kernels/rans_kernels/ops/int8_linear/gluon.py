@@ -16,12 +16,12 @@ from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch
 from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, store_partial
 from rans_kernels.ops.simt import (
     block_barrier,
+    close_block,
     copy_async,
     execute,
     load_shared,
-    shared_base,
+    open_block,
     shared_pieces,
-    thread_layout,
     wait_text,
 )
 
@@ -61,16 +61,8 @@ def int8_linear_kernel(
 ):  # fmt: skip
     """y [M, N] = x [M, K] @ weight.T for panel program_id(0); weight int8 [N, K], K a multiple of 64."""
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
-    L: gl.constexpr = thread_layout(WARPS)
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     STAGE_BYTES: gl.constexpr = 2048
-    tid = gl.arange(0, 32 * WARPS, layout=L)
-    lane = (tid % 32).to(gl.uint32)
-    warp = tid // 32
-    piece0 = gl.allocate_shared_memory(gl.int32, [SHARED0], SHARED)
-    piece1 = gl.allocate_shared_memory(gl.int32, [SHARED1], SHARED)
-    piece2 = gl.allocate_shared_memory(gl.int32, [SHARED2], SHARED)
-    base = shared_base(tid)
+    tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     ring = base + (warp * (STAGES * STAGE_BYTES)).to(gl.uint32)
     partial = base + WARPS * STAGES * STAGE_BYTES
     panel = gl.program_id(0)
@@ -115,11 +107,7 @@ def int8_linear_kernel(
         execute(tid, "griddepcontrol.launch_dependents;")
     block_barrier()
     finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, COLUMN_BLOCKS, WARPS, HAS_BIAS)
-    block_barrier()
-    # the one store that Gluon sees: it declares the shared memory that the assembly above addresses
-    piece0.slice(0, 32 * WARPS).store(tid)
-    piece1._keep_alive()
-    piece2._keep_alive()
+    close_block(pieces, tid, WARPS)
 
 
 def int8_linear_gluon(

@@ -8,16 +8,17 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import fit_shared
 from rans_kernels.ops.simt import (
     block_barrier,
+    close_block,
     execute,
     load_global,
-    shared_base,
+    open_block,
     shared_pieces,
     store_global,
-    thread_layout,
     wait_text,
     word_buffer_bytes,
 )
@@ -46,17 +47,9 @@ def rans_decode_kernel(
 
     `out` is int8, or float16 or bfloat16 and then weight * scale in float32, rounded once.
     """
-    L: gl.constexpr = thread_layout(WARPS)
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
     STAGE_BYTES: gl.constexpr = 128 * RAW
-    tid = gl.arange(0, 32 * WARPS, layout=L)
-    lane = (tid % 32).to(gl.uint32)
-    warp = tid // 32
-    piece0 = gl.allocate_shared_memory(gl.int32, [SHARED0], SHARED)
-    piece1 = gl.allocate_shared_memory(gl.int32, [SHARED1], SHARED)
-    piece2 = gl.allocate_shared_memory(gl.int32, [SHARED2], SHARED)
-    base = shared_base(tid)
+    tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     cursor = base + TABLE_BYTES + (warp * WORD_BYTES).to(gl.uint32)
     ring = base + TABLE_BYTES + WARPS * WORD_BYTES + (warp * (STAGES * STAGE_BYTES)).to(gl.uint32)
     tile = gl.program_id(0) * WARPS + warp
@@ -119,11 +112,7 @@ def rans_decode_kernel(
                              + scaled(u[4 * h + 3], lower_scale, CODED, RAW, DTYPE), lower_on)  # fmt: skip
         to += 64 * SIZE
         column += 64
-    block_barrier()
-    # the one store that Gluon sees: it declares the shared memory that the assembly above addresses
-    piece0.slice(0, 32 * WARPS).store(tid)
-    piece1._keep_alive()
-    piece2._keep_alive()
+    close_block(pieces, tid, WARPS)
 
 
 def rans_decode_gluon(
@@ -143,9 +132,7 @@ def rans_decode_gluon(
     word_bytes = word_buffer_bytes(weight.word_rows)
 
     def shared_bytes(warps: int) -> int:
-        # a damaged stream's cursor takes at most a word a symbol and lane
-        behind = max(warps * stages * 128 * raw, 64 * layout.units * layout.unit_symbols)
-        return weight.table.nbytes + warps * word_bytes + behind
+        return weight.table.nbytes + warps * word_bytes + max(warps * stages * 128 * raw, weight.overrun_bytes)
 
     warps = fit_shared(weight.heads.device, warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
@@ -155,7 +142,8 @@ def rans_decode_gluon(
     if layout.tiles:
         rans_decode_kernel[(-(-layout.tiles // warps),)](
             weight.heads, weight.words, weight.offsets, weight.table, factor, out, n, out.shape[1], layout.grid[1],
-            layout.units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1), 4 if coded == 8 else 8, 1 << 16,
+            layout.units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
+            4 * weight.table.shape[1], STATE_LOW,
             CODED=coded, RAW=raw, PRECISION=layout.probability_bits, WARPS=warps, STAGES=stages, WORD_BYTES=word_bytes,
             SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps,
         )  # fmt: skip

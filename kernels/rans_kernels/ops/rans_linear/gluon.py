@@ -13,16 +13,17 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch, fit_shared
 from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, store_partial
 from rans_kernels.ops.simt import (
     block_barrier,
+    close_block,
     execute,
     load_global,
-    shared_base,
+    open_block,
     shared_pieces,
-    thread_layout,
     wait_text,
     word_buffer_bytes,
 )
@@ -124,18 +125,10 @@ def rans_linear_kernel(
     OVERLAP lets the next kernel of the stream begin while this one ends (programmatic dependent launch).
     """
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
-    L: gl.constexpr = thread_layout(WARPS)
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
     WORDS: gl.constexpr = WORD_BYTES if TILES <= WARPS else 2 * WORD_BYTES
     RING: gl.constexpr = STAGES * 128 * RAW
-    tid = gl.arange(0, 32 * WARPS, layout=L)
-    lane = (tid % 32).to(gl.uint32)
-    warp = tid // 32
-    piece0 = gl.allocate_shared_memory(gl.int32, [SHARED0], SHARED)
-    piece1 = gl.allocate_shared_memory(gl.int32, [SHARED1], SHARED)
-    piece2 = gl.allocate_shared_memory(gl.int32, [SHARED2], SHARED)
-    base = shared_base(tid)
+    tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     word_buffer = base + TABLE_BYTES + (warp * WORDS).to(gl.uint32)
     ring = base + TABLE_BYTES + WARPS * WORDS + (warp * RING).to(gl.uint32)
     partial = base + TABLE_BYTES + WARPS * (WORDS + RING)
@@ -185,11 +178,7 @@ def rans_linear_kernel(
         execute(tid, "griddepcontrol.launch_dependents;")
     block_barrier()
     finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, COLUMN_BLOCKS, WARPS, HAS_BIAS)
-    # the one store that Gluon sees: it declares the shared memory that the assembly above addresses
-    block_barrier()
-    piece0.slice(0, 32 * WARPS).store(tid)
-    piece1._keep_alive()
-    piece2._keep_alive()
+    close_block(pieces, tid, WARPS)
 
 
 def rans_linear_gluon(
@@ -225,15 +214,14 @@ def multiply_rows(
     def shared_bytes(warps: int) -> int:
         buffers = 1 if tiles <= warps else 2
         behind = warps * stages * 128 * raw + -(-tiles // warps) * warps * 512 * column_blocks
-        # a damaged stream's cursor takes at most a word a symbol and lane
-        runs_on = 64 * layout.units * layout.unit_symbols
-        return weight.table.nbytes + warps * buffers * word_bytes + max(behind, runs_on)
+        return weight.table.nbytes + warps * buffers * word_bytes + max(behind, weight.overrun_bytes)
 
     warps = fit_shared(x.device, warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
     rans_linear_kernel[(panels,)](
         weight.heads, weight.words, weight.offsets, weight.table, scale, scale if bias is None else bias, x, y, m,
-        layout.shape[0], k, layout.units, layout.panel_units, int(scale.shape[0] > 1), 4 if coded == 8 else 8, 1 << 16,
+        layout.shape[0], k, layout.units, layout.panel_units, int(scale.shape[0] > 1),
+        4 * weight.table.shape[1], STATE_LOW,
         TILES=tiles, CODED=coded, RAW=raw, PRECISION=layout.probability_bits, COLUMN_BLOCKS=column_blocks,
         HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages,
         WORD_BYTES=word_bytes, OVERLAP=overlap,

@@ -1,8 +1,8 @@
 """What `rans_linear` computes: decode, dequantise, multiply."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from rans_kernels.dense import linear
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.rans_decode import rans_dequantize
 
@@ -11,4 +11,4 @@ def rans_linear_naive(
     x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None, group_size: int | None
 ) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype; arguments as `rans_linear`."""
-    return F.linear(x, rans_dequantize(weight, scale, x.dtype, group_size), bias)
+    return linear(x, rans_dequantize(weight, scale, x.dtype, group_size), bias)
