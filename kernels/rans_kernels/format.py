@@ -117,6 +117,11 @@ class TileLayout:
         """Units of a panel."""
         return -(-self.shape[1] // UNIT_COLUMNS)
 
+    @property
+    def most_units(self) -> int:
+        """Units of the largest tile."""
+        return min(self.units, self.panel_units)
+
     def tile_units(self, tile: int) -> int:
         """Units of one tile."""
         return min(self.units, self.panel_units - tile % self.grid[1] * self.units)
@@ -164,7 +169,7 @@ class TileLayout:
         if offsets[0] != 0 or offsets[-1] != word_rows:
             raise FormatError(f"offsets run from {offsets[0]} to {offsets[-1]} over {word_rows} rows of words")
         sizes = np.diff(offsets.astype(np.int64))
-        most = -(-LANES * self.unit_symbols * min(self.units, self.panel_units) // ROW_WORDS)
+        most = -(-LANES * self.unit_symbols * self.most_units // ROW_WORDS)
         if np.any(sizes < 0) or np.any(sizes > most):
             raise FormatError("offsets do not fit the tiles: they fall, or give a tile more words than it has symbols")
 

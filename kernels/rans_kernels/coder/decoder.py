@@ -62,7 +62,7 @@ def decode_tiles(
     heads, words = np.ascontiguousarray(heads), np.ascontiguousarray(words)
     args = (
         heads.view(np.uint32).reshape(-1), words.view(np.uint16).reshape(-1), _slots(freqs), layout.probability_bits,
-        min(layout.units, layout.panel_units), layout.split.coded_bits, layout.split.raw_bits,
+        layout.most_units, layout.split.coded_bits, layout.split.raw_bits,
         *raw_pieces(layout.split.raw_bits), quads,
         _values(layout), out,
     )  # fmt: skip

@@ -91,7 +91,7 @@ class _Encoder:
 
     def __init__(self, weights: NDArray[np.int8], layout: TileLayout):
         self.weights, self.layout = weights, layout
-        self.units = min(layout.units, layout.panel_units)
+        self.units = layout.most_units
         self.heads = np.empty((layout.head_rows, LANES), np.int32)
         coded, raw = layout.split.parts(np.arange(-128, 128))
         # by the weight's byte; what lies outside the split's range is never looked up

@@ -65,7 +65,7 @@ class CodedWeight:
     @property
     def overrun_bytes(self) -> int:
         """How far the cursor of a damaged tile can run: a word for every symbol of every lane."""
-        return 2 * LANES * self.layout.units * self.layout.unit_symbols
+        return 2 * LANES * self.layout.most_units * self.layout.unit_symbols
 
     @property
     def numbers(self) -> list[int]:

@@ -126,6 +126,7 @@ def int8_linear_gluon(
     n = len(weight)
     x, weight = pad_columns(x), pad_columns(weight)
     panel_units = x.shape[1] // 64
+    units = min(units, panel_units)
     tiles = -(-panel_units // units)
     y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
     for first in range(0, len(x), MAX_ROWS):

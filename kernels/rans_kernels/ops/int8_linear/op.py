@@ -26,7 +26,8 @@ def int8_linear_tiled(
         [..., N] in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if backend_of(x.device) == "gluon" and uses_fused_kernel(len(rows), x.device, x.dtype, group_size):
+    fused = weight.numel() > 0 and uses_fused_kernel(len(rows), x.device, x.dtype, group_size)
+    if fused and backend_of(x.device) == "gluon":
         from rans_kernels.ops.int8_linear.gluon import int8_linear_gluon
 
         with on_device(x):

@@ -142,7 +142,7 @@ def rans_decode_gluon(
     if layout.tiles:
         rans_decode_kernel[(-(-layout.tiles // warps),)](
             weight.heads, weight.words, weight.offsets, weight.table, factor, out, n, out.shape[1], layout.grid[1],
-            layout.units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
+            layout.most_units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
             4 * weight.table.shape[1], STATE_LOW,
             CODED=coded, RAW=raw, PRECISION=layout.probability_bits, WARPS=warps, STAGES=stages, WORD_BYTES=word_bytes,
             SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps,

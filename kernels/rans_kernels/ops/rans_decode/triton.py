@@ -35,7 +35,7 @@ def rans_decode_triton(heads: Tensor, words: Tensor, offsets: Tensor, table: Ten
     out = torch.empty(n, k, dtype=torch.int8, device=heads.device)
     if layout.tiles:
         rans_decode_kernel[(triton.cdiv(layout.tiles, TILES),)](
-            heads, words, offsets, table, out, n, k, UNITS=min(layout.units, layout.panel_units),
+            heads, words, offsets, table, out, n, k, UNITS=layout.most_units,
             CODED=layout.split.coded_bits, RAW=layout.split.raw_bits, PROBABILITY_BITS=layout.probability_bits,
             TILES=TILES, num_warps=TILES,
         )  # fmt: skip

@@ -220,7 +220,7 @@ def multiply_rows(
     pieces = shared_pieces(shared_bytes(warps))
     rans_linear_kernel[(panels,)](
         weight.heads, weight.words, weight.offsets, weight.table, scale, scale if bias is None else bias, x, y, m,
-        layout.shape[0], k, layout.units, layout.panel_units, int(scale.shape[0] > 1),
+        layout.shape[0], k, layout.most_units, layout.panel_units, int(scale.shape[0] > 1),
         4 * weight.table.shape[1], STATE_LOW,
         TILES=tiles, CODED=coded, RAW=raw, PRECISION=layout.probability_bits, COLUMN_BLOCKS=column_blocks,
         HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages,

@@ -100,7 +100,7 @@ def rans_linear_triton(
     block_m = min(triton.next_power_of_2(m), BLOCK_M)
     rans_linear_kernel[(triton.cdiv(layout.tiles, TILES), triton.cdiv(m, block_m))](
         x.contiguous(), heads, words, offsets, table, scale, partial, m, n, k, scale.shape[1],
-        UNITS=min(layout.units, layout.panel_units), CODED=layout.split.coded_bits, RAW=layout.split.raw_bits,
+        UNITS=layout.most_units, CODED=layout.split.coded_bits, RAW=layout.split.raw_bits,
         PROBABILITY_BITS=layout.probability_bits, GROUP_SIZE=group_size or 0, BLOCK_M=block_m, TILES=TILES,
         num_warps=TILES,
     )  # fmt: skip
