@@ -20,6 +20,8 @@ from rans_kernels.linear import CompressedLinear
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from qat.errors import UserError
+from qat.inference import pick_device
 from qat.report import device_slug, environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -160,9 +162,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["tinyllama-1.1b", "llama-3-8b"], choices=list(SHAPES))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    device, rows = torch.device(args.device), []
+    try:
+        device, rows = pick_device(args.device), []
+    except UserError as error:
+        parser.error(str(error))
     for shape in args.shapes:
         model = build(shape, device)
         prompts = torch.randint(SHAPES[shape]["vocab_size"], (args.prompts, PROMPT_TOKENS), device=device)

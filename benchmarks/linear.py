@@ -8,6 +8,7 @@ dense INT8 kernel, decoding and then cuBLAS, and torchao's INT8 weight-only prod
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -179,21 +180,28 @@ def summarise(rows: list[dict[str, Any]]) -> list[list[Any]]:
     return table
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """(N, K) of "NxK"."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is not NxK, as 4096x14336")
+    return int(found[1]), int(found[2])
+
+
 def main() -> None:
     """Gate and time what was asked for, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, shape)) for shape in SHAPES], help="NxK ...")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="NxK")
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
     parser.add_argument("--gate-only", action="store_true", help="check, compile what the times need, write nothing")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: this benchmark times GPU kernels, and there is no GPU here")
     rows, decode_rows = [], []
-    for text in args.shapes:
-        shape = tuple(int(size) for size in text.split("x"))
+    for shape in args.shapes:
         for name in args.weights:
             split, sigma, profile, batches = WEIGHTS[name]
-            layer = Layer((shape[0], shape[1]), split, sigma, profile)
+            layer = Layer(shape, split, sigma, profile)
             layer.gate(batches)
             if args.gate_only:
                 continue
