@@ -30,8 +30,8 @@ POINTERS = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32"
 def compile_kernel(split: Split, stages: int, capability: int) -> bytes:
     """The fused kernel's machine code for one row of x in float16."""
     constants = {
-        "TILES": 4, "CODED": split.coded_bits, "RAW": split.raw_bits, "PRECISION": 12 if split.coded_bits == 8 else 10,
-        "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False, "WARPS": 4, "STAGES": stages, "WORD_BYTES": 512,
+        "TILES": 4, "SPAN": 1, "CODED": split.coded_bits, "RAW": split.raw_bits, "PRECISION": 12 if split.coded_bits == 8 else 10,
+        "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False, "WARPS": 4, "STAGES": stages, "WORD_BYTES": 2048 if split.coded_bits >= 4 else 512, "WORD_RING": split.coded_bits >= 4,
         "OVERLAP": capability >= 90, "SHARED0": 4096, "SHARED1": 4096, "SHARED2": 4096,
     }  # fmt: skip
     types = {**POINTERS, "x": "*fp16", "y": "*fp16"}
@@ -81,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for split in SPLITS:
-        for stages in (1, 3):
+        for stages in (1,) if split.coded_bits >= 4 else (1, 3):
             body = inner_loop(disassemble(compile_kernel(split, stages, args.capability)))
             counts = Counter(op.split(".")[0] for op in body)
             alu = sum(counts[op] for op in ALU)

@@ -52,7 +52,7 @@ capability = int(sys.argv[1])
 tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "scale": "*fp32", "bias": "*bf16",
            "x": "*bf16", "y": "*bf16", "weight": "*i8", "out": "*fp16"}
 constants = {"CODED": 1, "RAW": 7, "PRECISION": 10, "COLUMN_BLOCKS": 2, "HAS_BIAS": True, "BFLOAT16": True, "WARPS": 4,
-             "STAGES": 3, "WORD_BYTES": 512, "TILES": 6, "OVERLAP": capability >= 90,
+             "STAGES": 3, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "OVERLAP": capability >= 90,
              "SHARED0": 4096, "SHARED1": 2048, "SHARED2": 2048}
 for kernel in (rans_linear_kernel, int8_linear_kernel, rans_decode_kernel):
     names = kernel.arg_names

@@ -20,7 +20,6 @@ from rans_kernels.ops.simt import (
     shared_pieces,
     store_global,
     wait_text,
-    word_buffer_bytes,
 )
 from rans_kernels.ops.warp import (
     codes,
@@ -94,7 +93,7 @@ def rans_decode_kernel(
         u = ()
         for j in gl.static_range(8):
             state, cursor, coded, carry = next_word(
-                state, cursor, base, below, factors, j, carry, CODED, RAW, PRECISION
+                state, cursor, base, below, factors, cursor, j, carry, CODED, RAW, PRECISION, 0
             )
             u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
         for h in gl.static_range(2):
@@ -129,7 +128,7 @@ def rans_decode_gluon(
     """
     layout, (n, k) = weight.layout, weight.layout.shape
     coded, raw = layout.split.coded_bits, layout.split.raw_bits
-    word_bytes = word_buffer_bytes(weight.word_rows)
+    word_bytes = -(-max(weight.word_rows, 1) // 32) * 512
 
     def shared_bytes(warps: int) -> int:
         return weight.table.nbytes + warps * word_bytes + max(warps * stages * 128 * raw, weight.overrun_bytes)
