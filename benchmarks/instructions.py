@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from rans_kernels.coder.plan import choose_probability_bits
 from rans_kernels.format import LANE_WEIGHTS, Split
 from rans_kernels.ops.rans_linear.gluon import rans_linear_kernel
 from triton.backends.compiler import GPUTarget
@@ -30,8 +31,10 @@ POINTERS = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32"
 def compile_kernel(split: Split, stages: int, capability: int) -> bytes:
     """The fused kernel's machine code for one row of x in float16."""
     constants = {
-        "TILES": 4, "SPAN": 1, "CODED": split.coded_bits, "RAW": split.raw_bits, "PRECISION": 12 if split.coded_bits == 8 else 10,
-        "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False, "WARPS": 4, "STAGES": stages, "WORD_BYTES": 2048 if split.coded_bits >= 4 else 512, "WORD_RING": split.coded_bits >= 4,
+        "TILES": 4, "SPAN": 1, "CODED": split.coded_bits, "RAW": split.raw_bits,
+        "PRECISION": choose_probability_bits(split), "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False,
+        "WARPS": 4, "STAGES": stages, "WORD_BYTES": 2048 if split.coded_bits >= 4 else 512,
+        "WORD_RING": split.coded_bits >= 4,
         "OVERLAP": capability >= 90, "SHARED0": 4096, "SHARED1": 4096, "SHARED2": 4096,
     }  # fmt: skip
     types = {**POINTERS, "x": "*fp16", "y": "*fp16"}

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rans_kernels.format import CODED_BITS, PROBABILITY_BITS
 
 pytest.importorskip("triton")
