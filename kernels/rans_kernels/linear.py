@@ -61,6 +61,8 @@ class CompressedWeight(nn.Module):
             self._coded = CodedWeight.check(
                 self.weight, self.weight_words, self.weight_offsets, self.weight_freqs, self.layout
             )
+            # alone in having another length in every layer, which would be compiled one by one
+            torch._dynamo.maybe_mark_dynamic(self._coded.words, 0)
         return self._coded
 
     def decode(self) -> Tensor:

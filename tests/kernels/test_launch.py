@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
+from rans_kernels.ops.coded import round_rows  # noqa: E402
 from rans_kernels.ops.simt import shared_pieces, word_buffer_bytes  # noqa: E402
 
 
@@ -14,6 +15,12 @@ def test_words_fit_their_buffer(rows):
     assert size >= 16 * rows
     assert size % 512 == 0
     assert size <= max(512, 2 * 16 * rows)
+
+
+@given(st.integers(0, 5000))
+def test_rounded_rows_need_the_same_buffer(rows):
+    assert round_rows(rows) >= rows
+    assert word_buffer_bytes(round_rows(rows)) == word_buffer_bytes(rows)
 
 
 def test_buffers_come_in_few_sizes():
