@@ -57,9 +57,11 @@ def _rans_linear_grouped(
         for i, arrays in enumerate(zip(heads, words, offsets, tables, strict=True))
     ]
     rows = x.reshape(-1, x.shape[-1])
-    alike = len({group_key(weight.layout) for weight in weights}) == 1 and all(w.layout.tiles for w in weights)
+    # scales of one row are those of a tensor
+    kinds = {(group_key(w.layout), scale.shape[0] > 1) for w, scale in zip(weights, scales, strict=True)}
+    alike = len(kinds) == 1 and len({bias.dtype for bias in biases}) <= 1 and all(w.layout.tiles for w in weights)
     fused = backend_of(x.device) == "gluon" and uses_fused_kernel(len(rows), x.device, x.dtype)
-    if alike and fused and len(weights) <= MOST:
+    if alike and fused and 1 < len(weights) <= MOST:
         from rans_kernels.ops.rans_linear.gluon_grouped import rans_linear_grouped_gluon
 
         with on_device(x):
