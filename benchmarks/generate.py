@@ -23,7 +23,7 @@ from rans_kernels.format import Split, TileLayout
 from rans_kernels.grouping import GroupLaunches
 from rans_kernels.linear import CompressedLinear
 from torch import Tensor, nn
-from transformers import Cache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AttentionInterface, Cache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from qat.errors import UserError
 from qat.inference import pick_device
@@ -144,6 +144,7 @@ class Generator:
         if compiled:
             self.open = torch.compile(self.before, dynamic=False, fullgraph=True)
             self.close = torch.compile(self.behind, dynamic=False, fullgraph=True)
+        model.config._attn_implementation = "rows"
         for layer in model.model.layers:
             layer.self_attn.layer_idx = 0
             layer._compiled_call_impl = None
@@ -155,7 +156,8 @@ class Generator:
         """Embeddings of ids that follow `past` others, the attention mask, and the rotation of their positions."""
         x = self.model.model.embed_tokens(ids)
         position = past + torch.arange(ids.shape[1], device=ids.device)
-        return x, self.positions <= position[:, None], self.model.model.rotary_emb(x, position[None])
+        mask = torch.zeros((), dtype=x.dtype, device=ids.device).where(self.positions <= position[:, None], -torch.inf)
+        return x, mask, self.model.model.rotary_emb(x, position[None])
 
     def behind(self, x: Tensor) -> Tensor:
         """The next tokens."""
@@ -226,6 +228,22 @@ class Generator:
             kind = "attention" if any(word in name for word in ("fmha", "attention", "flash")) else kind
             spent[kind] += event.device_time / 1e3
         return {kind: round(time, 3) for kind, time in spent.items()}
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **unused: Any
+) -> tuple[Tensor, None]:
+    """Attention for transformers. Heads that share keys are the rows of one head, so that no key is copied."""
+    batch, heads, rows, width = query.shape
+    if rows == 1:
+        query = query.view(batch, key.shape[1], -1, width)
+        y = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    else:
+        y = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    return y.reshape(batch, heads, rows, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("rows", attend)
 
 
 def synchronize(device: torch.device) -> None:
