@@ -5,7 +5,8 @@ one coded bit and four raw ones; the head and the embedding stay in half precisi
 drawn and coded; every decoder layer has a copy of its own in memory, with scales of its own. Three models with the
 same weights, the same harness: dequantised in float16, dense INT8, and compressed. Greedy, static cache, the decoder
 layers of transformers compiled one by one (`--compile layers`), on a GPU one CUDA graph a token. Gate: over 32 prompts
-and 256 tokens the compressed model gives the dense INT8 model's tokens; the runs are those that are timed.
+and 256 tokens the compressed model gives the dense INT8 model's tokens; the runs are those that are timed. Timed beside
+it: a prompt of 8 x 256 tokens through the layers as they are, and with weights decoded ahead, which must change no bit.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from rans_kernels.dense import Int8Linear, dequantize
 from rans_kernels.format import Split, TileLayout
 from rans_kernels.grouping import GroupLaunches
 from rans_kernels.linear import CompressedLinear
+from rans_kernels.staging import DecodeAhead
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -79,7 +81,8 @@ def make_linear(kind: str, master: Master, scale: Tensor, dtype: torch.dtype) ->
     if kind == "int8":
         int8 = Int8Linear(master.integers.clone(), scale, units=master.layout.units)
         return int8, int8.weight_int8.nbytes + scale.nbytes
-    coded = CompressedLinear(master.layout, len(master.coded["weight_words"]), (len(scale), 1)).to(scale.device)
+    with scale.device:
+        coded = CompressedLinear(master.layout, len(master.coded["weight_words"]), (len(scale), 1))
     coded.load_state_dict({**master.coded, "weight_scale": scale})
     return coded, coded.stored_bytes + coded.prepare().table.nbytes
 
@@ -267,6 +270,41 @@ def measure(model: LlamaForCausalLM, prompts: Tensor, tokens: int, compiled: boo
     return result
 
 
+@torch.inference_mode()
+def prefill(model: LlamaForCausalLM, tokens: int) -> tuple[Tensor, float]:
+    """What the decoder layers, not compiled, make of 8 rows of random embeddings; milliseconds, the best of three."""
+    generator = torch.Generator(model.device).manual_seed(2)
+    shape = (8, tokens, model.config.hidden_size)
+    embeddings = torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
+    position = torch.arange(tokens, device=model.device)
+    rotation = model.model.rotary_emb(embeddings, position[None])
+    mask = torch.where(position <= position[:, None], 0, -torch.inf).to(model.dtype)[None, None]
+    times = []
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(4):
+            synchronize(model.device)
+            begin, x = time.perf_counter(), embeddings
+            for layer in model.model.layers:
+                x = layer(x, attention_mask=mask, position_embeddings=rotation)
+            synchronize(model.device)
+            times.append(1e3 * (time.perf_counter() - begin))
+    return x, round(min(times[1:]), 2)
+
+
+def bench_prefill(model: LlamaForCausalLM, tokens: int) -> dict[str, float]:
+    """Milliseconds of a prompt, for compressed layers also with weights decoded ahead; raise unless it is the same."""
+    x, ms = prefill(model, tokens)
+    ahead = DecodeAhead(model.model.layers.modules(), model.dtype)
+    if not ahead.layers:
+        return {"plain": ms}
+    ahead.enable()
+    staged, staged_ms = prefill(model, tokens)
+    ahead.disable()
+    if not torch.equal(staged, x):
+        raise SystemExit("error: weights decoded ahead give another result; no figures written")
+    return {"plain": ms, "ahead": staged_ms}
+
+
 def bench(shape: str, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Gate and measure the three models of a shape."""
     begin = time.perf_counter()
@@ -277,7 +315,9 @@ def bench(shape: str, device: torch.device, args: argparse.Namespace) -> list[di
         size[kind] = fill(model, masters, kind)
         results[kind] = measure(model, prompts, args.tokens, args.compile == "layers", args.profile)
         rates = ", ".join(f"{rate} tokens/s at batch {batch}" for batch, rate in results[kind]["tokens_s"].items())
-        print(f"{shape} {kind}: {rates}; {time.perf_counter() - begin:.0f} s so far", flush=True)
+        results[kind]["prefill_ms"] = bench_prefill(model, args.prefill)
+        spent, prompt = time.perf_counter() - begin, results[kind]["prefill_ms"]
+        print(f"{shape} {kind}: {rates}; prompt, ms: {prompt}; {spent:.0f} s so far", flush=True)
     found, expected = results["compressed"]["tokens"], results["int8"]["tokens"]
     if not torch.equal(found, expected):
         differing = (found != expected).sum().item()
@@ -290,7 +330,8 @@ def bench(shape: str, device: torch.device, args: argparse.Namespace) -> list[di
                 "shape": shape, "batch": batch, "compile": args.compile, "prompts": args.prompts, "tokens": args.tokens,
                 "tokens_s": rate, "over_fp16": round(rate["compressed"] / rate["fp16"], 3), "weight_bytes": size,
                 "of_fp16_bytes": round(size["compressed"] / size["fp16"], 4), "divergent_tokens": 0,
-                "distinct_tokens": len(found.unique()),
+                "distinct_tokens": len(found.unique()), "prefill_tokens": 8 * args.prefill,
+                "prefill_ms": {kind: result["prefill_ms"] for kind, result in results.items()},
             }
         )  # fmt: skip
     return rows
@@ -302,6 +343,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["tinyllama-1.1b", "llama-3-8b"], choices=list(SHAPES))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--prefill", type=int, default=256, help="tokens of a prompt whose time is taken, 8 at once")
     parser.add_argument("--compile", default="layers", choices=("none", "layers"), help="of the decoder layers")
     parser.add_argument("--profile", action="store_true", help="print where a token's time goes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
