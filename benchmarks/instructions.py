@@ -31,9 +31,12 @@ POINTERS = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32"
 
 def compile_kernel(kernel: Any, split: Split, stages: int, capability: int) -> bytes:
     """Machine code: of the fused kernel for one row of x in float16, of the decoder to INT8."""
+    # as it is where a tile has many words
+    ring = split.coded_bits >= 4
     constants = {
-        "TILES": 4, "CODED": split.coded_bits, "RAW": split.raw_bits, "PRECISION": 12 if split.coded_bits == 8 else 10,
-        "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False, "WARPS": 4, "STAGES": stages, "WORD_BYTES": 512,
+        "TILES": 4, "SPAN": 1, "CODED": split.coded_bits, "RAW": split.raw_bits,
+        "PRECISION": 12 if split.coded_bits == 8 else 10, "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False,
+        "WARPS": 4, "STAGES": stages, "WORD_BYTES": 2048 if ring else 512, "WORD_RING": ring,
         "OVERLAP": capability >= 90, "DTYPE": "i8", "LINES": True, "CACHE": "", "SHARED0": 4096, "SHARED1": 4096,
         "SHARED2": 4096,
     }  # fmt: skip
@@ -86,7 +89,7 @@ def main() -> None:
     for name, kernel in (("rows", rans_linear_kernel), ("decode", rans_decode_kernel)):
         found[name] = rows = []
         for split in SPLITS:
-            for stages in (1, 3):
+            for stages in (1,) if split.coded_bits >= 4 else (1, 3):
                 body = inner_loop(disassemble(compile_kernel(kernel, split, stages, args.capability)))
                 counts = Counter(op.split(".")[0] for op in body)
                 alu = sum(counts[op] for op in ALU)

@@ -53,11 +53,14 @@ capability = int(sys.argv[1])
 tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "scale": "*fp32", "bias": "*bf16",
            "x": "*bf16", "y": "*bf16", "weight": "*i8", "out": "*i8", "descriptors": "*i64", "blocks": "*i32"}
 constants = {"CODED": 1, "RAW": 7, "PRECISION": 10, "COLUMN_BLOCKS": 2, "HAS_BIAS": True, "BFLOAT16": True, "WARPS": 4,
-             "STAGES": 3, "WORD_BYTES": 512, "TILES": 6, "OVERLAP": capability >= 90, "DTYPE": "i8", "LINES": True,
-             "CACHE": "", "DESCRIPTOR": 13, "SHARED0": 4096, "SHARED1": 2048, "SHARED2": 2048}
+             "STAGES": 3, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "OVERLAP": capability >= 90,
+             "DTYPE": "i8", "LINES": True, "CACHE": "", "DESCRIPTOR": 13,
+             "SHARED0": 4096, "SHARED1": 2048, "SHARED2": 2048}
 half = {"DTYPE": "f16", "LINES": False, "STAGES": 1}
+compact = {"CODED": 8, "RAW": 0, "PRECISION": 12, "STAGES": 1, "WORD_BYTES": 2048, "WORD_RING": True}
 for kernel, others in ((rans_linear_kernel, {}), (rans_linear_grouped_kernel, {}), (int8_linear_kernel, {}),
-                       (rans_decode_kernel, {}), (rans_decode_kernel, half), (rans_decode_many_kernel, {})):
+                       (rans_decode_kernel, {}), (rans_decode_kernel, half), (rans_decode_kernel, compact),
+                       (rans_decode_many_kernel, {})):
     names = kernel.arg_names
     types = {n: tensors.get(n.rstrip("012"), "i32") for n in names}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
@@ -74,6 +77,6 @@ def test_warp_level_kernels_compile_without_a_gpu(capability):
     command = [sys.executable, "-c", COMPILE_GLUON, str(capability)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     kernels = ("rans_linear_kernel", "rans_linear_grouped_kernel", "int8_linear_kernel", "rans_decode_kernel",
-               "rans_decode_kernel", "rans_decode_many_kernel")  # fmt: skip
+               "rans_decode_kernel", "rans_decode_kernel", "rans_decode_many_kernel")  # fmt: skip
     # all of the shared memory is what the kernel asked for: the compiler adds none, the assembly may use it from 0
     assert result.stdout.split() == [word for name in kernels for word in (name, "32768", "True")], result.stderr

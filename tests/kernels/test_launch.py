@@ -3,17 +3,20 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rans_kernels.format import CODED_BITS, PROBABILITY_BITS
 
 pytest.importorskip("triton")
 from rans_kernels.ops.coded import round_rows  # noqa: E402
 from rans_kernels.ops.rans_decode.gluon import fullest  # noqa: E402
-from rans_kernels.ops.simt import shared_pieces, word_buffer_bytes  # noqa: E402
+from rans_kernels.ops.simt import WORD_RING_BYTES, shared_pieces, word_buffer_bytes  # noqa: E402
+from rans_kernels.ops.warp import fills  # noqa: E402
 
 
 @given(st.integers(0, 5000))
 def test_words_fit_their_buffer(rows):
-    size = word_buffer_bytes(rows)
-    assert size >= 16 * rows
+    size, ring = word_buffer_bytes(rows)
+    assert ring == (16 * rows > WORD_RING_BYTES)
+    assert size >= min(16 * rows, WORD_RING_BYTES)
     assert size % 512 == 0
     assert size <= max(512, 2 * 16 * rows)
 
@@ -25,7 +28,17 @@ def test_rounded_rows_need_the_same_buffer(rows):
 
 
 def test_buffers_come_in_few_sizes():
-    assert len({word_buffer_bytes(rows) for rows in range(1, 1025)}) <= 4 + 12
+    assert len({word_buffer_bytes(rows) for rows in range(1, 5000)}) <= 4
+
+
+@given(st.sampled_from(CODED_BITS), st.integers(0, 10**6))
+def test_a_ring_that_was_refilled_lasts_half_a_unit_longer_than_the_next_refill(coded_bits, taken):
+    """What is there before half a unit was begun before the half unit ahead of it, and must last through it."""
+    # 2 C symbols of 12 bits at most; a lane's state holds back less than a word
+    most = 2 * 32 * ((2 * coded_bits * max(PROBABILITY_BITS) + 16) // 16)
+    room = (taken // 16 + WORD_RING_BYTES // 16) * 16
+    assert 512 * fills(coded_bits) >= most
+    assert room - (taken + most) >= most
 
 
 @given(st.integers(0, 230_000))

@@ -13,6 +13,8 @@ BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads."""
 FILLING = 1024
 """Tiles, a warp each, that fill a GPU: 8 a multiprocessor of an H200."""
+COMPACT_BITS = 0.02
+"""Bits a weight, of an ideal code, that `compact` may spend to look up two weights at once: twice as fast to decode."""
 AUTO_BITS = 0.1
 """Bits a weight that `auto` may spend over the smallest to be faster."""
 
@@ -36,7 +38,7 @@ def seconds_per_weight(split: Split, bits: float) -> float:
 def choose_split(counts: NDArray[np.int64], profile: str) -> Split:
     """The split for a layer.
 
-    compact: fewest bits. fast: least time by `seconds_per_weight`, fewer bits where equal. auto: least time among those
+    compact: fewest bits, or `COMPACT_BITS` more for more weights a symbol. fast: least time by `seconds_per_weight`, fewer bits where equal. auto: least time among those
     within `AUTO_BITS` of the fewest bits.
 
     Args:
@@ -48,38 +50,39 @@ def choose_split(counts: NDArray[np.int64], profile: str) -> Split:
     bits = {split: split_bits(counts, split) for split in SPLITS if split.holds(low, high)}
     fewest = min(bits.values())
     if profile == "compact":
-        # of splits that cost the same, one that decodes more weights a look-up
-        return min(bits, key=lambda s: (round(bits[s], 3), s.coded_bits))
+        near = (split for split, b in bits.items() if b <= fewest + COMPACT_BITS)
+        return min(near, key=lambda s: (s.coded_bits, bits[s]))
     if profile == "auto":
         bits = {split: b for split, b in bits.items() if b <= fewest + AUTO_BITS}
     return min(bits, key=lambda s: (seconds_per_weight(s, bits[s]), bits[s]))
 
 
 def choose_probability_bits(split: Split) -> int:
-    """Precision of the frequencies: 12 where a symbol is one weight, a table of 16 KiB in a kernel's shared memory.
+    """Precision of the frequencies: 12 where most of a weight is coded, for 0.07 bits a weight less than 10.
 
-    Otherwise 10: entries are twice as long, and a symbol's share of the bits is smaller.
+    Otherwise 11, for 0.01: what is coded is few bits a weight, and smaller tables leave shared memory to warps.
     """
-    return 12 if split.coded_bits == 8 else 10
+    return 12 if split.coded_bits >= 4 else 11
 
 
 def choose_units(shape: tuple[int, int], profile: str) -> int:
     """Units of a tile.
 
-    compact: 16, so that a lane's state, 32 bits, is shared by 512 weights. fast and auto: a power of two tiles a panel,
+    compact: a power of two tiles a panel, so that blocks of so many warps are full, of at least 13 units, 416 weights a
+    state. fast and auto: a power of two tiles a panel,
     at most 16, for the warps that fill a GPU, of at least 8 units where the panel has them: 256 weights a state. Of a
-    small matrix, with fewer such tiles than `FILLING`, 6 units.
+    small matrix, with fewer such tiles than `FILLING`, 7 units.
 
     Args:
         shape: (N, K) of the weight.
         profile: compact, fast or auto.
     """
-    if profile == "compact":
-        return 16
     units = max(1, -(-shape[1] // UNIT_COLUMNS))
+    if profile == "compact":
+        return -(-units // (1 << (max(1, units // 13).bit_length() - 1)))
     tiles = min(16, 1 << (max(1, units // 8).bit_length() - 1))
     if units > 8 and tiles <= 4 and -(-shape[0] // UNIT_ROWS) * tiles < FILLING:
-        return 6
+        return 7
     return -(-units // tiles)
 
 

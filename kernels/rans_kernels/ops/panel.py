@@ -1,8 +1,8 @@
 """The product of a panel, 16 rows of W, with up to 64 rows of x: what the fused and the dense kernel share.
 
-Sums of a tile are one chain of MMAs; the tiles' sums are added in ascending order in shared memory. The order depends
-on the tiles alone, not on launch, batch or schedule: a row of x gets the same bits in any batch, and the two kernels
-agree to the bit.
+Sums of a tile are one chain of MMAs; the tiles' sums of a span are added in ascending order, then the spans'. The order
+depends on the layout alone, not on launch, batch or schedule: a row of x gets the same bits in any batch, and all
+kernels agree to the bit.
 """
 
 # tuples grow in loops that are unrolled
@@ -56,10 +56,10 @@ def load_sum(address):
 
 @gluon.jit
 def finish_panel(
-    partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES: gl.constexpr, COLUMN_BLOCKS: gl.constexpr,
-    WARPS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES: gl.constexpr, SPAN: gl.constexpr,
+    COLUMN_BLOCKS: gl.constexpr, WARPS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Add the tiles' sums in ascending order, scale, add the bias and store y [M, N]."""
+    """Add the sums of the tiles of each span, and of the spans, in ascending order, scale, add the bias, store y."""
     SIZE: gl.constexpr = 128 * COLUMN_BLOCKS
     THREADS: gl.constexpr = 32 * WARPS
     for i in gl.static_range((SIZE + THREADS - 1) // THREADS):
@@ -71,11 +71,21 @@ def finish_panel(
         address = partial + ((at % SIZE) * 4).to(gl.uint32)
         total = load_sum(address)
         if TILES <= 32:
-            for t in gl.static_range(1, TILES):
+            for t in gl.static_range(1, min(SPAN, TILES)):
                 total += load_sum(address + t * (4 * SIZE))
+            for first in gl.static_range(SPAN, TILES, SPAN):
+                span = load_sum(address + first * (4 * SIZE))
+                for t in gl.static_range(first + 1, min(first + SPAN, TILES)):
+                    span += load_sum(address + t * (4 * SIZE))
+                total += span
         else:
-            for t in range(1, TILES):
+            for t in range(1, min(SPAN, TILES)):
                 total += load_sum(address + t * (4 * SIZE))
+            for first in range(SPAN, TILES, SPAN):
+                span = load_sum(address + first * (4 * SIZE))
+                for t in range(first + 1, gl.minimum(first + SPAN, TILES)):
+                    span += load_sum(address + t * (4 * SIZE))
+                total += span
         total *= factor
         if HAS_BIAS:
             total += gl.load(bias + n, mask=inside, other=0.0).to(gl.float32)
@@ -89,6 +99,20 @@ def only(flags, condition, COUNT: gl.constexpr):
     for n in gl.static_range(COUNT):
         out = out + (flags[n] * condition.to(gl.uint32),)
     return out
+
+
+FILLING = 256
+"""Blocks that fill a GPU, two a multiprocessor of a large one. Part of the order of the sums: no device changes it."""
+
+
+def span_tiles(rows: int, tiles: int) -> int:
+    """Tiles of a span: as many as leave `FILLING` blocks of 128 rows by a span, where a panel has so many tiles.
+
+    Args:
+        rows: N of the weight.
+        tiles: of a panel.
+    """
+    return max(1, -(-tiles * -(-rows // 128) // FILLING))
 
 
 def pad_columns(tensor: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from functools import lru_cache
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+WORD_RING_BYTES = 2048
+"""Ring that the words of a tile pass through where it has more: twice what half a unit takes at most (warp.fills)."""
+
 block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Waits for every thread of the block; Triton 3.9 renamed it."""
 
@@ -139,6 +142,12 @@ def shared_base(like):
 
 
 @gluon.jit
+def align(address, SIZE: gl.constexpr):
+    """The address, or the next that is a multiple of SIZE, a power of two."""
+    return (address + (SIZE - 1)) & (0x100000000 - SIZE)
+
+
+@gluon.jit
 def open_block(WARPS: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr):
     """Thread and lane, warp, the shared memory of a kernel and its address; give it back to `close_block`."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -202,8 +211,8 @@ def shared_pieces(size: int) -> tuple[int, int, int]:
     return tuple(256 * piece for piece in min(s for s in sums if s[0] >= need)[1:])  # type: ignore[return-value]
 
 
-def word_buffer_bytes(rows: int) -> int:
-    """Shared memory for so many rows of words, in few sizes, lest every weight compiles anew."""
-    if rows > 256:
-        return -(-rows // 64) * 1024
-    return 512 << max(0, -(-rows // 32) - 1).bit_length()
+def word_buffer_bytes(rows: int) -> tuple[int, bool]:
+    """Shared memory for so many rows of words, in few sizes, lest every weight compiles anew; whether it is a ring."""
+    if 16 * rows > WORD_RING_BYTES:
+        return WORD_RING_BYTES, True
+    return 512 << max(0, -(-rows // 32) - 1).bit_length(), False

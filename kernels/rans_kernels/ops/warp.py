@@ -10,7 +10,7 @@ word is found by counting the lanes below it. See docs/format.md for the order o
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from rans_kernels.ops.simt import copy_async, load_global, load_shared, permute
+from rans_kernels.ops.simt import copy_async, execute, load_global, load_shared, permute, wait_text
 
 
 @gluon.constexpr_function
@@ -20,8 +20,8 @@ def entry_words(coded):
 
 
 @gluon.constexpr_function
-def step_asm(coded, precision):
-    """One rANS step. Results: state, cursor, coded bits; operands: state, cursor, table, lanes below, factors.
+def step_asm(coded, precision, ring):
+    """One rANS step. Results: state, cursor, coded bits; operands: state, cursor, table, lanes below, factors, ring.
 
     Entries: frequency << 16 | offset in the symbol, and the coded bits in place; or, where a symbol is one weight,
     frequency << 20 | offset << 8 | symbol. The factors are the bytes of an entry and 2^16: were they constants, the
@@ -31,6 +31,7 @@ def step_asm(coded, precision):
         look_up = "ld.shared.u32 $2, [a]; shr.u32 f, $2, 20; mul.lo.u32 o, $2, 4096; shr.u32 o, o, 20;"
     else:
         look_up = "ld.shared.v2.u32 {o, $2}, [a]; shr.u32 f, o, 16; and.b32 o, o, 0xffff;"
+    wrap = f"and.b32 a, a, {ring - 1}; or.b32 a, a, $9;" if ring else ""
     return f"""{{
     .reg .pred q; .reg .b32 a, f, o, x, m, n; .reg .b16 h;
     and.b32 a, $3, {(1 << precision) - 1}; mad.lo.u32 a, a, $7, $5;
@@ -38,7 +39,7 @@ def step_asm(coded, precision):
     shr.u32 x, $3, {precision}; mad.lo.u32 x, f, x, o;
     setp.lt.u32 q, x, 65536;
     vote.sync.ballot.b32 m, q, 0xffffffff;
-    and.b32 n, m, $6; popc.b32 n, n; mad.lo.u32 a, n, 2, $4;
+    and.b32 n, m, $6; popc.b32 n, n; mad.lo.u32 a, n, 2, $4; {wrap}
     @q ld.shared.u16 h, [a];
     cvt.u32.u16 f, h;
     @q mad.lo.u32 x, x, $8, f;
@@ -48,39 +49,43 @@ def step_asm(coded, precision):
 
 
 @gluon.jit
-def step(state, cursor, table, below, factors, CODED: gl.constexpr, PRECISION: gl.constexpr):
-    """Next state, next cursor (shared address of the tile's next word), and the symbol's coded bits in place."""
+def step(state, cursor, table, below, factors, ring, CODED: gl.constexpr, PRECISION: gl.constexpr, RING: gl.constexpr):
+    """Next state, next cursor, and the symbol's coded bits in place.
+
+    The cursor is the shared address of the tile's next word; in a ring of RING bytes at `ring`, how many bytes of the
+    tile were taken.
+    """
     return gl.inline_asm_elementwise(
-        step_asm(CODED, PRECISION), "=&r,=&r,=&r,r,r,r,r,r,r",
-        [state, cursor, table, below, factors[0], factors[1]], dtype=(gl.uint32, gl.uint32, gl.uint32),
+        step_asm(CODED, PRECISION, RING), "=&r,=&r,=&r,r,r,r,r,r,r,r",
+        [state, cursor, table, below, factors[0], factors[1], ring], dtype=(gl.uint32, gl.uint32, gl.uint32),
         is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def next_word(
-    state, cursor, table, below, factors, J: gl.constexpr, carry, CODED: gl.constexpr, RAW: gl.constexpr,
-    PRECISION: gl.constexpr,
+    state, cursor, table, below, factors, ring, J: gl.constexpr, carry, CODED: gl.constexpr, RAW: gl.constexpr,
+    PRECISION: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Coded bits, in place, of the four weights of word J; `carry` is the pattern that two words of C = 1 share."""
     if CODED == 1:
         MASK: gl.constexpr = 0x01010101 << (RAW - 1)
         if J % 2 == 0:
-            state, cursor, carry = step(state, cursor, table, below, factors, CODED, PRECISION)
+            state, cursor, carry = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
             coded = carry & MASK
         else:
             coded = (carry >> 1) & MASK
     elif CODED == 2:
-        state, cursor, coded = step(state, cursor, table, below, factors, CODED, PRECISION)
+        state, cursor, coded = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
     elif CODED == 4:
-        state, cursor, low = step(state, cursor, table, below, factors, CODED, PRECISION)
-        state, cursor, high = step(state, cursor, table, below, factors, CODED, PRECISION)
+        state, cursor, low = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
+        state, cursor, high = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
         coded = permute(low, high, 0x5410)
     else:
-        state, cursor, a = step(state, cursor, table, below, factors, CODED, PRECISION)
-        state, cursor, b = step(state, cursor, table, below, factors, CODED, PRECISION)
-        state, cursor, c = step(state, cursor, table, below, factors, CODED, PRECISION)
-        state, cursor, d = step(state, cursor, table, below, factors, CODED, PRECISION)
+        state, cursor, a = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
+        state, cursor, b = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
+        state, cursor, c = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
+        state, cursor, d = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
         coded = permute(permute(a, b, 0x0040), permute(c, d, 0x0040), 0x5410)
     return state, cursor, coded, carry
 
@@ -104,6 +109,54 @@ def stage_words(address, words, offsets, tile, tiles, lane, WORD_BYTES: gl.const
         at = first + lane.to(gl.int32)
         copy_async(address + (at * 16).to(gl.uint32), (words + (begin + at).to(gl.int64) * 8).to(gl.uint64),
                    (at < rows).to(gl.uint32), 16)  # fmt: skip
+
+
+@gluon.jit
+def fill_ring(ring, words, filled, cursor, rows, lane, RING: gl.constexpr):
+    """Begin to copy rows of a tile's words, as many as its ring has room for, but 32 at most; rows filled then.
+
+    `words`: global address of the tile's words, of which there are `rows`.
+    """
+    stop = gl.minimum(cursor // 16 + RING // 16, rows)
+    row = filled + lane
+    copy_async(ring + (row * 16 & (RING - 1)), words + (row * 16).to(gl.uint64), (row < stop).to(gl.uint32), 16)
+    return gl.minimum(filled + 32, stop)
+
+
+@gluon.constexpr_function
+def fills(coded):
+    """Calls of `fill_ring` that refill the ring after half a unit.
+
+    A lane takes a word for 16 bits, a symbol costs at most 12: half a unit of C coded bits, 2 C symbols, takes at most
+    32 (2 C * 12 + 16) / 16 words: 832 bytes for C = 8, 448 for C = 4.
+    """
+    return 2 if coded == 8 else 1
+
+
+@gluon.jit
+def open_ring(ring, words, offsets, tile, tiles, lane, RING: gl.constexpr):
+    """Begin to fill the ring with a tile's words: their global address, rows, and rows filled."""
+    inside = tile < tiles
+    begin = gl.load(offsets + tile, mask=inside, other=0)
+    rows = (gl.load(offsets + tile + 1, mask=inside, other=0) - begin).to(gl.uint32)
+    address = (words + begin.to(gl.int64) * 8).to(gl.uint64)
+    filled = gl.full_like(lane, 0)
+    for _ in gl.static_range(RING // 512):
+        filled = fill_ring(ring, address, filled, gl.full_like(lane, 0), rows, lane, RING)
+    execute(lane, "cp.async.commit_group;")
+    return address, rows, filled
+
+
+@gluon.jit
+def refill_ring(ring, opened, cursor, lane, CODED: gl.constexpr, RING: gl.constexpr):
+    """Before half a unit: begin to copy what there is room for, and wait for what was begun before."""
+    address, rows, filled = opened
+    for _ in gl.static_range(fills(CODED)):
+        filled = fill_ring(ring, address, filled, cursor, rows, lane, RING)
+    execute(lane, "cp.async.commit_group;")
+    execute(lane, wait_text(1))
+    execute(lane, "bar.warp.sync 0xffffffff;")
+    return address, rows, filled
 
 
 @gluon.jit

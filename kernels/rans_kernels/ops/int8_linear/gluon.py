@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch
-from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, store_partial
+from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, span_tiles, store_partial
 from rans_kernels.ops.simt import (
     block_barrier,
     close_block,
@@ -56,8 +56,9 @@ def half_unit(address, lane, HALF: gl.constexpr):
 @gluon.jit
 def int8_linear_kernel(
     weight, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, TILES: gl.constexpr,
-    COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, OVERLAP: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+    SPAN: gl.constexpr, COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr,
+    SHARED2: gl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] @ weight.T for panel program_id(0); weight int8 [N, K], K a multiple of 64."""
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
@@ -106,7 +107,8 @@ def int8_linear_kernel(
     if OVERLAP:
         execute(tid, "griddepcontrol.launch_dependents;")
     block_barrier()
-    finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, COLUMN_BLOCKS, WARPS, HAS_BIAS)
+    finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, SPAN, COLUMN_BLOCKS, WARPS,
+                 HAS_BIAS)  # fmt: skip
     close_block(pieces, tid, WARPS)
 
 
@@ -137,8 +139,8 @@ def int8_linear_gluon(
         pieces = shared_pieces(warps * stages * 2048 + -(-tiles // warps) * warps * 512 * column_blocks)
         int8_linear_kernel[(-(-n // 16),)](
             weight, scale, scale if bias is None else bias, part, y[first:], len(part), n, x.shape[1], units,
-            panel_units, int(scale.shape[0] > 1), TILES=tiles, COLUMN_BLOCKS=column_blocks, HAS_BIAS=bias is not None,
-            BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages, OVERLAP=overlap,
+            panel_units, int(scale.shape[0] > 1), TILES=tiles, SPAN=span_tiles(n, tiles), COLUMN_BLOCKS=column_blocks,
+            HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages, OVERLAP=overlap,
             SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, launch_pdl=overlap,
         )  # fmt: skip
     return y

@@ -15,6 +15,7 @@ from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import FULL, fit_shared, shared_limit
 from rans_kernels.ops.simt import (
+    align,
     block_barrier,
     close_block,
     execute,
@@ -30,7 +31,9 @@ from rans_kernels.ops.warp import (
     entry_words,
     load_raw,
     next_word,
+    open_ring,
     raw_bits,
+    refill_ring,
     scaled,
     stage_raw,
     stage_table,
@@ -100,7 +103,7 @@ def decode_tiles(
     first, heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
     word_base, one,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """Write tiles `first` to first + WARPS - 1 of a matrix at address `out`, [N, K] of DTYPE; `total`: its tiles.
@@ -108,16 +111,21 @@ def decode_tiles(
     DTYPE "i8", or "f16" or "bf16" and then weight * scale in float32, rounded once. STAGES: of the ring that raw planes
     pass through; 1 keeps them in registers, one unit ahead. LINES collects INT8 of two units in shared memory and
     stores 128 bytes of a row at once, not 32. Shared memory: table | words | ring | lines. Words stand in front, so
-    that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
+    that a damaged stream, whose cursor runs on, reads what is behind and nothing outside. With WORD_RING, of many
+    words, they pass through a ring of WORD_BYTES, and STAGES is 1.
     """
     SIZE: gl.constexpr = 1 if DTYPE == "i8" else 2
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
     STAGE_BYTES: gl.constexpr = 128 * RAW
     RING: gl.constexpr = STAGES * STAGE_BYTES if STAGES > 1 else 0
+    WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
-    cursor = base + TABLE_BYTES + (warp * WORD_BYTES).to(gl.uint32)
-    ring = base + TABLE_BYTES + WARPS * WORD_BYTES + (warp * RING).to(gl.uint32)
-    lines = base + TABLE_BYTES + WARPS * (WORD_BYTES + RING) + (warp * (16 * LINE_PITCH)).to(gl.uint32)
+    behind = base + TABLE_BYTES
+    if WORD_RING:
+        behind = align(behind, WORD_BYTES)
+    word_buffer = behind + (warp * WORD_BYTES).to(gl.uint32)
+    ring = behind + WARPS * WORD_BYTES + (warp * RING).to(gl.uint32)
+    lines = behind + WARPS * (WORD_BYTES + RING) + (warp * (16 * LINE_PITCH)).to(gl.uint32)
     tile = first + warp
     panel, across = tile // tiles, tile % tiles
     left = gl.where(tile < total, gl.minimum(panel_units - across * units, units), 0)
@@ -125,8 +133,14 @@ def decode_tiles(
     head = (heads + head_row * 32).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     stage_table(base, table, tid, TABLE_BYTES, WARPS)
-    stage_words(cursor, words, offsets, tile, total, lane, WORD_BYTES)
-    execute(tid, "cp.async.commit_group;")
+    if WORD_RING:
+        opened = open_ring(word_buffer, words, offsets, tile, total, lane, WORD_BYTES)
+        cursor = gl.full_like(lane, 0)
+    else:
+        opened = ()
+        stage_words(word_buffer, words, offsets, tile, total, lane, WORD_BYTES)
+        execute(tid, "cp.async.commit_group;")
+        cursor = word_buffer
     raw = head + 128
     planes = load_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, False)
     for s in gl.static_range(STAGES - 1):
@@ -176,8 +190,10 @@ def decode_tiles(
         raw += STAGE_BYTES
         u = ()
         for j in gl.static_range(8):
+            if WORD_RING and j % 4 == 0:
+                opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
             state, cursor, coded, carry = next_word(
-                state, cursor, base, below, factors, j, carry, CODED, RAW, PRECISION
+                state, cursor, base, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, WRAP
             )
             u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
         if LINES:
@@ -221,14 +237,14 @@ def rans_decode_kernel(
     heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
     word_base, one,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`decode_tiles` from program_id(0) * WARPS on."""
     decode_tiles(
         gl.program_id(0) * WARPS, heads, words, offsets, table, scale, out.to(gl.int64), N, K, tiles, units,
         panel_units, total, scale_stride, entry_bytes, word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES,
-        LINES, CACHE, WORD_BYTES, SHARED0, SHARED1, SHARED2,
+        LINES, CACHE, WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -236,7 +252,8 @@ def rans_decode_kernel(
 def rans_decode_many_kernel(
     descriptors, blocks, entry_bytes, word_base, one,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, DESCRIPTOR: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    DESCRIPTOR: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`decode_tiles` of many weights: blocks int32 [programs, 2] holds each one's weight and first tile."""
@@ -249,8 +266,8 @@ def rans_decode_many_kernel(
         gl.load(at + 4).to(gl.pointer_type(gl.float32)), gl.load(at + 5), gl.load(at + 6).to(gl.int32),
         gl.load(at + 7).to(gl.int32), gl.load(at + 8).to(gl.int32), gl.load(at + 9).to(gl.int32),
         gl.load(at + 10).to(gl.int32), gl.load(at + 11).to(gl.int32), gl.load(at + 12).to(gl.int32), entry_bytes,
-        word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, WORD_BYTES, SHARED0, SHARED1,
-        SHARED2,
+        word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, WORD_BYTES, WORD_RING,
+        SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -290,13 +307,15 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
     """Arguments of a launch that are common to weights of one split and precision."""
     first = weights[0]
     split, lines = first.layout.split, launch.lines and dtype is torch.int8
-    word_bytes = word_buffer_bytes(max(weight.word_rows for weight in weights))
-    overrun = max(weight.overrun_bytes for weight in weights)
-    ring = 128 * split.raw_bits * launch.stages if launch.stages > 1 else 0
+    word_bytes, word_ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
+    # a ring of words stands at a multiple of its size, and a cursor that runs on stays in it
+    slack, overrun = (word_bytes, 0) if word_ring else (0, max(weight.overrun_bytes for weight in weights))
+    stages = 1 if word_ring else launch.stages
+    ring = 128 * split.raw_bits * stages if stages > 1 else 0
 
     def shared_bytes(warps: int) -> int:
         behind = warps * (ring + lines * 16 * LINE_PITCH.value)
-        return first.table.nbytes + warps * word_bytes + max(behind, overrun)
+        return first.table.nbytes + slack + warps * word_bytes + max(behind, overrun)
 
     device = first.heads.device
     warps = fit_shared(device, launch.warps or fullest(shared_limit(device), shared_bytes), shared_bytes)
@@ -304,9 +323,9 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
     return {
         "entry_bytes": 4 * first.table.shape[1], "word_base": STATE_LOW, "one": 1,
         "DTYPE": DTYPE_NAMES[dtype], "CODED": split.coded_bits, "RAW": split.raw_bits,
-        "PRECISION": first.layout.probability_bits, "WARPS": warps, "STAGES": launch.stages, "LINES": lines,
-        "CACHE": launch.cache, "WORD_BYTES": word_bytes, "SHARED0": pieces[0], "SHARED1": pieces[1],
-        "SHARED2": pieces[2], "num_warps": warps,
+        "PRECISION": first.layout.probability_bits, "WARPS": warps, "STAGES": stages, "LINES": lines,
+        "CACHE": launch.cache, "WORD_BYTES": word_bytes, "WORD_RING": word_ring,
+        "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps,
     }  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from triton.experimental.gluon import language as gl
 from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch, fit_shared
-from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, store_partial
+from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, span_tiles, store_partial
 from rans_kernels.ops.simt import (
+    align,
     block_barrier,
     close_block,
     execute,
@@ -34,7 +35,9 @@ from rans_kernels.ops.warp import (
     entry_words,
     load_raw,
     next_word,
+    open_ring,
     raw_bits,
+    refill_ring,
     stage_raw,
     stage_table,
     stage_words,
@@ -61,8 +64,9 @@ def begin_tile(heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, S
 
 @gluon.jit
 def multiply_tile(
-    begun, units, cursor, ring, table, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS: gl.constexpr,
-    CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    begun, units, word_buffer, opened, ring, table, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS: gl.constexpr,
+    CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Sums of this warp's tile, a chain of MMAs from zero."""
     left, state, raw, planes = begun
@@ -76,6 +80,7 @@ def multiply_tile(
     c = ((zero, zero, zero, zero),) * COLUMN_BLOCKS
     take = ring
     give = ring + (STAGES - 1) * STAGE_BYTES
+    cursor = gl.full_like(lane, 0) if RING else word_buffer
     for unit in range(0, units):
         on = only(rows_on, unit + 1 < left, COLUMN_BLOCKS)
         if STAGES == 1:
@@ -94,17 +99,21 @@ def multiply_tile(
         x_at += 128
         carry = state
         u = ()
+        if RING:
+            opened = refill_ring(word_buffer, opened, cursor, lane, CODED, RING)
         for j in gl.static_range(4):
             state, cursor, coded, carry = next_word(
-                state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
+                state, cursor, table, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, RING
             )
             u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
         c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
         u = ()
+        if RING:
+            opened = refill_ring(word_buffer, opened, cursor, lane, CODED, RING)
         for j in gl.static_range(4, 8):
             state, cursor, coded, carry = next_word(
-                state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
+                state, cursor, table, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, RING
             )
             u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
         c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
@@ -116,31 +125,40 @@ def multiply_tile(
 def multiply_panel(
     panel, heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes,
     word_base,
-    TILES: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
+    TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, OVERLAP: gl.constexpr,
+    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] @ W.T for one panel, by the whole block; K a multiple of 64, x contiguous, 16-byte aligned.
 
     Shared memory: table | words, two buffers a warp if it has several tiles | ring of raw planes | sums of every tile.
     Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
+    With WORD_RING, of many words, they pass through a ring of WORD_BYTES, and STAGES is 1.
     OVERLAP lets the next kernel of the stream begin while this one ends (programmatic dependent launch).
     """
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
-    WORDS: gl.constexpr = WORD_BYTES if TILES <= WARPS else 2 * WORD_BYTES
+    WORDS: gl.constexpr = WORD_BYTES if WORD_RING or TILES <= WARPS else 2 * WORD_BYTES
     RING: gl.constexpr = STAGES * 128 * RAW
+    WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
-    word_buffer = base + TABLE_BYTES + (warp * WORDS).to(gl.uint32)
-    ring = base + TABLE_BYTES + WARPS * WORDS + (warp * RING).to(gl.uint32)
-    partial = base + TABLE_BYTES + WARPS * (WORDS + RING)
+    behind = base + TABLE_BYTES
+    if WORD_RING:
+        behind = align(behind, WORD_BYTES)
+    word_buffer = behind + (warp * WORDS).to(gl.uint32)
+    ring = behind + WARPS * WORDS + (warp * RING).to(gl.uint32)
+    partial = behind + WARPS * (WORDS + RING)
     heads += panel.to(gl.int64) * ((TILES + panel_units * RAW) * 32)
     offsets += panel * TILES
 
     stage_table(base, table, tid, TABLE_BYTES, WARPS)
-    stage_words(word_buffer, words, offsets, warp, TILES, lane, WORD_BYTES)
-    execute(tid, "cp.async.commit_group;")
+    if WORD_RING:
+        opened = open_ring(word_buffer, words, offsets, warp, TILES, lane, WORD_BYTES)
+    else:
+        opened = ()
+        stage_words(word_buffer, words, offsets, warp, TILES, lane, WORD_BYTES)
+        execute(tid, "cp.async.commit_group;")
     begun = begin_tile(heads, warp, units, panel_units, ring, lane, RAW, STAGES)
     if OVERLAP:
         # weights are nobody's result; x is
@@ -154,48 +172,54 @@ def multiply_panel(
     x_at = x_lane + (warp.to(gl.int64) * units * 128).to(gl.uint64)
     execute(tid, wait_text(STAGES - 1))
     block_barrier()
-    if TILES > WARPS:
+    if TILES > WARPS and not WORD_RING:
         stage_words(word_buffer + WORD_BYTES, words, offsets, warp + WARPS, TILES, lane, WORD_BYTES)
         if STAGES == 1:
             # otherwise the first unit's copies commit them
             execute(tid, "cp.async.commit_group;")
-    c = multiply_tile(begun, units, word_buffer, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS, CODED,
-                      RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
+    c = multiply_tile(begun, units, word_buffer, opened, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS,
+                      CODED, RAW, PRECISION, STAGES, WRAP, DTYPE)  # fmt: skip
     store_partial(partial + (warp * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     for first in range(WARPS, TILES, WARPS):
         tile = first + warp
-        buffer = first // WARPS % 2 * WORD_BYTES
+        buffer = word_buffer
+        if WORD_RING:
+            opened = open_ring(word_buffer, words, offsets, tile, TILES, lane, WORD_BYTES)
         begun = begin_tile(heads, tile, units, panel_units, ring, lane, RAW, STAGES)
         execute(tid, wait_text(STAGES - 1))
         execute(tid, "bar.warp.sync 0xffffffff;")
-        other = word_buffer + (WORD_BYTES - buffer).to(gl.uint32)
-        stage_words(other, words, offsets, tile + WARPS, TILES, lane, WORD_BYTES)
-        if STAGES == 1:
-            execute(tid, "cp.async.commit_group;")
+        if not WORD_RING:
+            odd = (first // WARPS % 2 * WORD_BYTES).to(gl.uint32)
+            buffer = word_buffer + odd
+            other = word_buffer + (WORD_BYTES - odd)
+            stage_words(other, words, offsets, tile + WARPS, TILES, lane, WORD_BYTES)
+            if STAGES == 1:
+                execute(tid, "cp.async.commit_group;")
         x_at += (gl.full_like(lane, 128 * WARPS) * units).to(gl.uint64)
-        c = multiply_tile(begun, units, word_buffer + buffer.to(gl.uint32), ring, base, factors, x_at, rows_on, K, lane,
-                          COLUMN_BLOCKS, CODED, RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
+        c = multiply_tile(begun, units, buffer, opened, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS,
+                          CODED, RAW, PRECISION, STAGES, WRAP, DTYPE)  # fmt: skip
         store_partial(partial + (tile * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     if OVERLAP:
         execute(tid, "griddepcontrol.launch_dependents;")
     block_barrier()
-    finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, COLUMN_BLOCKS, WARPS, HAS_BIAS)
+    finish_panel(partial, scale, bias, y, tid, panel, M, N, scale_stride, TILES, SPAN, COLUMN_BLOCKS, WARPS,
+                 HAS_BIAS)  # fmt: skip
     close_block(pieces, tid, WARPS)
 
 
 @gluon.jit
 def rans_linear_kernel(
     heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes, word_base,
-    TILES: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
+    TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, OVERLAP: gl.constexpr,
+    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`multiply_panel` of panel program_id(0)."""
     multiply_panel(
         gl.program_id(0), heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride,
-        entry_bytes, word_base, TILES, CODED, RAW, PRECISION, COLUMN_BLOCKS, HAS_BIAS, BFLOAT16, WARPS, STAGES,
-        WORD_BYTES, OVERLAP, SHARED0, SHARED1, SHARED2,
+        entry_bytes, word_base, TILES, SPAN, CODED, RAW, PRECISION, COLUMN_BLOCKS, HAS_BIAS, BFLOAT16, WARPS, STAGES,
+        WORD_BYTES, WORD_RING, OVERLAP, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -219,24 +243,31 @@ def rans_linear_gluon(
 
 
 def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: int, launch: Launch | None) -> dict:
-    """Constants of a launch for so many rows of x, at most MAX_ROWS, by weights of one layout but for their N."""
+    """Constants of a launch for so many rows of x, at most MAX_ROWS.
+
+    The weights have one layout but for their N, and sums in one order.
+    """
     layout = weights[0].layout
     tiles, coded, raw = layout.grid[1], layout.split.coded_bits, layout.split.raw_bits
-    word_bytes = word_buffer_bytes(max(weight.word_rows for weight in weights))
+    word_bytes, ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
     column_blocks = triton.next_power_of_2(-(-rows // 8))
     shape = sum(weight.layout.shape[0] for weight in weights), layout.shape[1]
     warps, stages, overlap = launch or choose_launch(device, shape, column_blocks, tiles)
+    stages = 1 if ring else stages
 
     def shared_bytes(warps: int) -> int:
-        buffers = 1 if tiles <= warps else 2
+        buffers = 1 if ring or tiles <= warps else 2
         behind = warps * stages * 128 * raw + -(-tiles // warps) * warps * 512 * column_blocks
-        return weights[0].table.nbytes + warps * buffers * word_bytes + max(behind, weights[0].overrun_bytes)
+        # a ring stands at a multiple of its size, and a cursor that runs on stays in it
+        slack, overrun = (word_bytes, 0) if ring else (0, weights[0].overrun_bytes)
+        return weights[0].table.nbytes + slack + warps * buffers * word_bytes + max(behind, overrun)
 
     warps = fit_shared(device, warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
     return {
-        "TILES": tiles, "CODED": coded, "RAW": raw, "PRECISION": layout.probability_bits,
-        "COLUMN_BLOCKS": column_blocks, "WARPS": warps, "STAGES": stages, "WORD_BYTES": word_bytes, "OVERLAP": overlap,
+        "TILES": tiles, "SPAN": span_tiles(layout.shape[0], tiles), "CODED": coded, "RAW": raw,
+        "PRECISION": layout.probability_bits, "COLUMN_BLOCKS": column_blocks, "WARPS": warps, "STAGES": stages,
+        "WORD_BYTES": word_bytes, "WORD_RING": ring, "OVERLAP": overlap,
         "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps, "launch_pdl": overlap,
     }  # fmt: skip
 

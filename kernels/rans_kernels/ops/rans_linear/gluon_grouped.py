@@ -11,8 +11,8 @@ from triton.experimental.gluon import language as gl
 from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import MAX_ROWS, Launch
-from rans_kernels.ops.panel import pad_columns
-from rans_kernels.ops.rans_linear.gluon import launch_options, multiply_panel
+from rans_kernels.ops.panel import pad_columns, span_tiles
+from rans_kernels.ops.rans_linear.gluon import launch_options, multiply_panel, rans_linear_gluon
 
 
 @gluon.jit
@@ -27,9 +27,9 @@ def rans_linear_grouped_kernel(
     heads0, heads1, heads2, words0, words1, words2, offsets0, offsets1, offsets2, table0, table1, table2,
     scale0, scale1, scale2, bias0, bias1, bias2, y0, y1, y2, N0, N1, N2, begin1, begin2, x, M, K, units, panel_units,
     scale_stride, entry_bytes, word_base,
-    TILES: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
+    TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, OVERLAP: gl.constexpr,
+    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`multiply_panel` of panel program_id(0) of the weights' panels, one weight after the other."""
@@ -45,8 +45,8 @@ def rans_linear_grouped_kernel(
     N = pick(at, begin1, begin2, N0, N1, N2)
     multiply_panel(
         panel, heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes,
-        word_base, TILES, CODED, RAW, PRECISION, COLUMN_BLOCKS, HAS_BIAS, BFLOAT16, WARPS, STAGES, WORD_BYTES, OVERLAP,
-        SHARED0, SHARED1, SHARED2,
+        word_base, TILES, SPAN, CODED, RAW, PRECISION, COLUMN_BLOCKS, HAS_BIAS, BFLOAT16, WARPS, STAGES, WORD_BYTES,
+        WORD_RING, OVERLAP, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -66,6 +66,10 @@ def rans_linear_grouped_gluon(
         biases: [N] of every weight and all of one dtype, or none at all.
         launch: configuration; None takes the table's.
     """
+    if len({span_tiles(w.layout.shape[0], w.layout.grid[1]) for w in weights}) > 1:
+        # each is added up in an order of its own
+        every: list[Tensor | None] = [*biases] or [None] * len(weights)
+        return [rans_linear_gluon(x, w, s, b, launch) for w, s, b in zip(weights, scales, every, strict=True)]
     x = pad_columns(x)
     found = [torch.empty(len(x), w.layout.shape[0], dtype=x.dtype, device=x.device) for w in weights]
     layout = weights[0].layout
