@@ -5,6 +5,8 @@ to INT8 and kept; what is computed with them is `dense.dequantize`, to the bit w
 computes.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,9 @@ from rans_kernels.format import LANES, ROW_WORDS, TileLayout
 from rans_kernels.ops.coded import CodedWeight, backend_of
 from rans_kernels.ops.rans_decode import rans_decode
 from rans_kernels.ops.rans_linear import rans_linear
+
+if TYPE_CHECKING:
+    from rans_kernels.staging import DecodeAhead
 
 
 class CompressedWeight(nn.Module):
@@ -61,6 +66,8 @@ class CompressedWeight(nn.Module):
             self._coded = CodedWeight.check(
                 self.weight, self.weight_words, self.weight_offsets, self.weight_freqs, self.layout
             )
+            # alone in having another length in every layer, which would be compiled one by one
+            torch._dynamo.maybe_mark_dynamic(self._coded.words, 0)
         return self._coded
 
     def decode(self) -> Tensor:
@@ -110,9 +117,12 @@ class CompressedLinear(CompressedWeight):
         super().__init__(layout, word_rows, scale_shape, group_size)
         self.out_features, self.in_features = layout.shape
         self.bias = nn.Parameter(torch.zeros(self.out_features), requires_grad=False) if bias else None
+        self.ahead: DecodeAhead | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
+        if self.ahead is not None and self.ahead.takes(self, x):
+            return self.ahead.multiply(self, x)
         return linear_from(self, x, self.bias)
 
     def to_int8(self) -> Int8Linear:

@@ -45,19 +45,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from rans_kernels.ops.int8_linear.gluon import int8_linear_kernel
-from rans_kernels.ops.rans_decode.gluon import rans_decode_kernel
+from rans_kernels.ops.rans_decode.gluon import rans_decode_kernel, rans_decode_many_kernel
 from rans_kernels.ops.rans_linear.gluon import rans_linear_kernel
+from rans_kernels.ops.rans_linear.gluon_grouped import rans_linear_grouped_kernel
 
 capability = int(sys.argv[1])
 tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "scale": "*fp32", "bias": "*bf16",
-           "x": "*bf16", "y": "*bf16", "weight": "*i8", "out": "*fp16"}
+           "x": "*bf16", "y": "*bf16", "weight": "*i8", "out": "*i8", "descriptors": "*i64", "blocks": "*i32"}
 constants = {"CODED": 1, "RAW": 7, "PRECISION": 10, "COLUMN_BLOCKS": 2, "HAS_BIAS": True, "BFLOAT16": True, "WARPS": 4,
              "STAGES": 3, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "OVERLAP": capability >= 90,
+             "DTYPE": "i8", "LINES": True, "CACHE": "", "DESCRIPTOR": 13,
              "SHARED0": 4096, "SHARED1": 2048, "SHARED2": 2048}
-for kernel in (rans_linear_kernel, int8_linear_kernel, rans_decode_kernel):
+half = {"DTYPE": "f16", "LINES": False, "STAGES": 1}
+compact = {"CODED": 8, "RAW": 0, "PRECISION": 12, "STAGES": 1, "WORD_BYTES": 2048, "WORD_RING": True}
+for kernel, others in ((rans_linear_kernel, {}), (rans_linear_grouped_kernel, {}), (int8_linear_kernel, {}),
+                       (rans_decode_kernel, {}), (rans_decode_kernel, half), (rans_decode_kernel, compact),
+                       (rans_decode_many_kernel, {})):
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else tensors.get(n, "i32") for n in names}
-    used = {n: value for n, value in constants.items() if n in names}
+    types = {n: tensors.get(n.rstrip("012"), "i32") for n in names}
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    used = {n: value for n, value in {**constants, **others}.items() if n in names}
     source = GluonASTSource(kernel, signature, constexprs=used)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     print(kernel.__name__, compiled.metadata.shared, len(compiled.asm["cubin"]) > 0)
@@ -69,6 +76,7 @@ def test_warp_level_kernels_compile_without_a_gpu(capability):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE_GLUON, str(capability)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    kernels = ("rans_linear_kernel", "int8_linear_kernel", "rans_decode_kernel")
+    kernels = ("rans_linear_kernel", "rans_linear_grouped_kernel", "int8_linear_kernel", "rans_decode_kernel",
+               "rans_decode_kernel", "rans_decode_kernel", "rans_decode_many_kernel")  # fmt: skip
     # all of the shared memory is what the kernel asked for: the compiler adds none, the assembly may use it from 0
     assert result.stdout.split() == [word for name in kernels for word in (name, "32768", "True")], result.stderr

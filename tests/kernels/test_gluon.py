@@ -11,7 +11,7 @@ from rans_kernels.ops.coded import CodedWeight
 pytest.importorskip("triton")
 from rans_kernels.ops.int8_linear import int8_linear_tiled  # noqa: E402
 from rans_kernels.ops.launch import Launch  # noqa: E402
-from rans_kernels.ops.rans_decode import rans_decode, rans_dequantize  # noqa: E402
+from rans_kernels.ops.rans_decode import DecodePlan, rans_decode, rans_decode_many, rans_dequantize  # noqa: E402
 from rans_kernels.ops.rans_linear import rans_linear  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -113,6 +113,64 @@ def test_decoded_weights_are_those_of_the_dense_layer(shape, split, units, dtype
     assert torch.equal(rans_dequantize(coded, scale, dtype), dequantize(w, scale, dtype))
     per_tensor = scale[:1]
     assert torch.equal(rans_dequantize(coded, per_tensor, dtype), dequantize(w, per_tensor, dtype))
+
+
+# ragged rows and columns, an odd number of units, one tile and many
+DECODED = [
+    ((63, 257), Split(8, 0), 2), ((300, 2048), Split(1, 4), 5), ((33, 208), Split(1, 3), 3), ((16, 64), Split(1, 5), 1),
+    ((40, 1000), Split(4, 2), 4), ((257, 16), Split(2, 4), 1), ((1, 1), Split(1, 7), 4), ((520, 4096), Split(1, 6), 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "split", "units"), DECODED, ids=str)
+def test_the_launch_changes_no_decoded_weight(shape, split, units):
+    from rans_kernels.ops.rans_decode.gluon import DecodeLaunch, rans_decode_gluon
+
+    coded, w, _, scale, _ = case(shape, split, units, 1, torch.float16)
+    half = dequantize(w, scale, torch.float16)
+    launches = [(1, 1, True), (2, 2, True), (4, 3, True), (8, 1, True), (4, 3, False), (16, 1, False)]
+    for launch in [DecodeLaunch(*each) for each in launches] + [DecodeLaunch(cache=".cs"), None]:
+        # poison what the allocator hands out next
+        torch.full((2 * w.numel(),), 77, dtype=torch.int8, device="cuda")
+        assert torch.equal(rans_decode_gluon(coded, launch=launch), w)
+        assert torch.equal(rans_decode_gluon(coded, scale, torch.float16, launch=launch), half)
+
+
+@pytest.mark.parametrize(("shape", "split", "units"), DECODED, ids=str)
+def test_decoded_into_a_buffer_and_nowhere_else(shape, split, units):
+    coded, w, _, scale, _ = case(shape, split, units, 1, torch.float16)
+    for dtype, expected in ((torch.int8, w), (torch.bfloat16, dequantize(w, scale, torch.bfloat16))):
+        for shift in (0, 16, 3):
+            memory = torch.full((w.numel() + 64,), 77, dtype=dtype, device="cuda")
+            out = memory[shift : shift + w.numel()].view(shape)
+            found = rans_decode(coded, out) if dtype is torch.int8 else rans_dequantize(coded, scale, dtype, None, out)
+            assert found.data_ptr() == out.data_ptr() and torch.equal(out, expected)
+            assert (memory[:shift] == 77).all() and (memory[shift + w.numel() :] == 77).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, *HALVES])
+def test_many_weights_in_one_launch_are_those_of_one_each(dtype):
+    cases = [case(*each, 1, torch.float16, seed=i) for i, each in enumerate(DECODED)]
+    # several of one split
+    cases += [case((rows, 512), Split(1, 4), 3, 1, torch.float16, seed=rows) for rows in (16, 250, 2048)]
+    scales = None if dtype is torch.int8 else [scale for *_, scale, _ in cases]
+    found = rans_decode_many([coded for coded, *_ in cases], scales, dtype)
+    for y, (_, w, _, scale, _) in zip(found, cases, strict=True):
+        assert torch.equal(y, w if dtype is torch.int8 else dequantize(w, scale, dtype))
+
+
+def test_a_plan_runs_again_in_a_cuda_graph():
+    cases = [case((rows, 512), Split(1, 4), 3, 1, torch.float16, seed=rows) for rows in (16, 250)]
+    plan = DecodePlan([coded for coded, *_ in cases])
+    plan.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run()
+    for out in plan.out:
+        out.zero_()
+    graph.replay()
+    for out, (_, w, *_) in zip(plan.out, cases, strict=True):
+        assert torch.equal(out, w)
 
 
 @pytest.mark.parametrize("value", [-3, 0])

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from rans_kernels.format import CODED_BITS, PROBABILITY_BITS
 
 pytest.importorskip("triton")
+from rans_kernels.ops.coded import round_rows  # noqa: E402
+from rans_kernels.ops.rans_decode.gluon import fullest  # noqa: E402
 from rans_kernels.ops.simt import WORD_RING_BYTES, shared_pieces, word_buffer_bytes  # noqa: E402
 from rans_kernels.ops.warp import fills  # noqa: E402
 
@@ -17,6 +19,12 @@ def test_words_fit_their_buffer(rows):
     assert size >= min(16 * rows, WORD_RING_BYTES)
     assert size % 512 == 0
     assert size <= max(512, 2 * 16 * rows)
+
+
+@given(st.integers(0, 5000))
+def test_rounded_rows_need_the_same_buffer(rows):
+    assert round_rows(rows) >= rows
+    assert word_buffer_bytes(round_rows(rows)) == word_buffer_bytes(rows)
 
 
 def test_buffers_come_in_few_sizes():
@@ -39,3 +47,15 @@ def test_pieces_are_powers_of_two_that_hold_the_size(size):
     assert all(piece & (piece - 1) == 0 for piece in pieces)
     # what is lost to rounding costs occupancy
     assert size <= 4 * sum(pieces) <= max(size * 1.15 + 1024, 3 * 1024)
+
+
+@given(st.integers(1, 32), st.integers(1, 40))
+def test_blocks_of_the_decoder_fill_a_multiprocessor(table, warp):
+    limit = 227 << 10
+
+    def resident(warps):
+        block = 4 * sum(shared_pieces(1024 * table + 512 * warp * warps)) + 1024
+        return min(48, limit // block * warps)
+
+    found = fullest(limit, lambda warps: 1024 * table + 512 * warp * warps)
+    assert resident(found) == max(resident(warps) for warps in (2, 4, 8, 16))

@@ -9,7 +9,7 @@ from rans_kernels.format import FormatError, Split, TileLayout
 from rans_kernels.linear import CompressedLinear
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.int8_linear import int8_linear_tiled
-from rans_kernels.ops.rans_decode import rans_decode, rans_dequantize
+from rans_kernels.ops.rans_decode import rans_decode, rans_decode_many, rans_dequantize
 from rans_kernels.ops.rans_linear import rans_linear
 
 LAYOUT = TileLayout((33, 200), Split(4, 1), 2)
@@ -45,6 +45,22 @@ def test_decoded_and_dequantised_weights():
     scale = torch.rand(33, 1)
     assert torch.equal(rans_decode(coded), w)
     assert torch.equal(rans_dequantize(coded, scale, torch.bfloat16), (w * scale).to(torch.bfloat16))
+
+
+def test_decoded_into_buffers_one_by_one_and_together():
+    coded, w = coded_weight()
+    other, v = coded_weight(TileLayout((7, 96), Split(1, 4), 1, 10))
+    scale, out = torch.rand(33, 1), torch.empty(33, 200, dtype=torch.int8)
+    half = (w * scale).to(torch.bfloat16)
+    assert rans_decode(coded, out) is out and torch.equal(out, w)
+    assert torch.equal(rans_dequantize(coded, scale, torch.bfloat16, None, torch.empty_like(half)), half)
+    found = rans_decode_many([coded, other], out=[out.zero_(), torch.empty_like(v)])
+    assert found[0] is out and torch.equal(out, w) and torch.equal(found[1], v)
+    scaled = rans_decode_many([coded, other], [scale, torch.ones(1, 1)], torch.bfloat16)
+    assert torch.equal(scaled[0], half) and torch.equal(scaled[1], v.to(torch.bfloat16))
+    assert rans_decode_many([]) == []
+    with pytest.raises(ValueError, match="contiguous"):
+        rans_decode_many([other], out=[out])
 
 
 def test_the_operators_are_well_formed():

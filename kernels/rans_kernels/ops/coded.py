@@ -26,6 +26,13 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
+def round_rows(rows: int) -> int:
+    """Rows of words in few sizes, lest kernels and torch.compile take every weight for another kind."""
+    if rows > 256:
+        return -(-rows // 64) * 64
+    return 32 << max(0, -(-rows // 32) - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class CodedWeight:
     """The arrays of one weight on one device, checked, with what the kernels derive from them.
@@ -36,7 +43,7 @@ class CodedWeight:
         offsets: int32 [tiles + 1].
         table: what the device's kernels look slots up in, see `table.py`; on the CPU the frequencies, int16 [256].
         layout: shape, split, units and precision.
-        word_rows: rows of words of the largest tile.
+        word_rows: rows of words of the largest tile, rounded up by `round_rows`.
     """
 
     heads: Tensor
@@ -60,7 +67,7 @@ class CodedWeight:
         if backend != "cpu":
             table = warp_table(freqs, layout.split) if backend == "gluon" else slot_table(freqs)
         largest = int((rows[1:] - rows[:-1]).max(initial=0))
-        return cls(heads, words, offsets, table, layout, largest)
+        return cls(heads, words, offsets, table, layout, round_rows(largest))
 
     @property
     def overrun_bytes(self) -> int:

@@ -26,6 +26,20 @@ class Launch(NamedTuple):
     """Whether the next kernel of the stream may begin while this one ends."""
 
 
+def most_warps(column_blocks: int) -> int:
+    """Of a block: a thread may have no more than 128 registers in a block of 16."""
+    return 16 if column_blocks <= 2 else 8
+
+
+@lru_cache
+def launch_rule(device: torch.device, shape: tuple[int, int], column_blocks: int, tiles: int) -> Launch:
+    """Launch of a fused or dense product that nobody has measured; arguments as `choose_launch`."""
+    properties = torch.cuda.get_device_properties(device)
+    warps = min(most_warps(column_blocks), 1 << max(0, tiles - 1).bit_length())
+    resident = -(-shape[0] // 16) * tiles / properties.multi_processor_count
+    return Launch(warps, 1 if resident >= FULL else 3, properties.major >= 9)
+
+
 @lru_cache
 def choose_launch(device: torch.device, shape: tuple[int, int], column_blocks: int, tiles: int) -> Launch:
     """Launch of a fused or dense product.
@@ -36,15 +50,10 @@ def choose_launch(device: torch.device, shape: tuple[int, int], column_blocks: i
         column_blocks: blocks of 8 rows of x.
         tiles: of a panel.
     """
-    properties = torch.cuda.get_device_properties(device)
-    overlap = properties.major >= 9
-    # a thread may have no more than 128 registers in a block of 16 warps
-    most = 16 if column_blocks <= 2 else 8
-    if tuned := TUNED.get((properties.name, *shape, column_blocks)):
-        return Launch(min(tuned[0], most), tuned[1], overlap)
-    warps = min(most, 1 << max(0, tiles - 1).bit_length())
-    resident = -(-shape[0] // 16) * tiles / properties.multi_processor_count
-    return Launch(warps, 1 if resident >= FULL else 3, overlap)
+    rule = launch_rule(device, shape, column_blocks, tiles)
+    if tuned := TUNED.get((torch.cuda.get_device_properties(device).name, *shape, column_blocks)):
+        return Launch(min(tuned[0], most_warps(column_blocks)), tuned[1], rule.overlap)
+    return rule
 
 
 class WideLaunch(NamedTuple):

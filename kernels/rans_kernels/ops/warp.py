@@ -242,17 +242,6 @@ def codes(coded, raw, CODED: gl.constexpr, RAW: gl.constexpr):
         return raw | coded
 
 
-@gluon.jit
-def signed(u, CODED: gl.constexpr, RAW: gl.constexpr):
-    """Codes of four weights to the weights, int8: each byte less the offset, by itself."""
-    if CODED + RAW == 8:
-        return u ^ 0x80808080
-    else:
-        # no byte borrows of the next: with bit 7 set, what is subtracted is less than what is there
-        OFFSET: gl.constexpr = 0x01010101 * (1 << (CODED + RAW - 1))
-        return ((u | 0x80808080) - OFFSET) ^ 0x80808080
-
-
 @gluon.constexpr_function
 def operand_asm(coded, raw, dtype):
     """Four bytes to two registers of pairs, less the offset.

@@ -1,7 +1,10 @@
-"""Decode kernel for NVIDIA GPUs: a warp a tile, weights written once, eight bytes of a row at a time."""
+"""Decode kernels for NVIDIA GPUs: a warp a tile, weights written once, whole lines of memory where they are INT8."""
 
 # tuples grow in loops that are unrolled
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,112 +13,343 @@ from triton.experimental.gluon import language as gl
 
 from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
-from rans_kernels.ops.launch import fit_shared
+from rans_kernels.ops.launch import FULL, fit_shared, shared_limit
 from rans_kernels.ops.simt import (
+    align,
     block_barrier,
     close_block,
     execute,
     load_global,
+    load_shared,
     open_block,
     shared_pieces,
-    store_global,
     wait_text,
+    word_buffer_bytes,
 )
 from rans_kernels.ops.warp import (
     codes,
     entry_words,
     load_raw,
     next_word,
+    open_ring,
     raw_bits,
+    refill_ring,
     scaled,
-    signed,
     stage_raw,
     stage_table,
     stage_words,
 )
 
+COLUMNS = {torch.int8: 16, torch.float16: 8, torch.bfloat16: 8}
+"""Columns that a lane stores at once, by the dtype of the result: rows are a multiple of them."""
+LINE_PITCH = gl.constexpr(160)
+"""Bytes from row to row of the lines that a warp collects: 128, and 32 lest rows share banks."""
+
+
+@gluon.constexpr_function
+def store_asm(n, cache):
+    """Vector store of n registers where the column is below the limit."""
+    values = ", ".join(f"${i}" for i in range(2, n + 2))
+    store = f"@p st.global{cache}.v{n}.u32 [$1], {{{values}}};"
+    return f"{{ .reg .pred p; setp.lt.s32 p, ${n + 2}, ${n + 3}; {store} mov.u32 $0, 0; }}"
+
 
 @gluon.jit
-def rans_decode_kernel(
-    heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
-    word_base,
-    CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-    WORD_BYTES: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
-):  # fmt: skip
-    """Write tiles program_id(0) * WARPS ... of `out` [N, K]; K a multiple of 8. `total`: tiles of the matrix.
+def store_below(pointer, values, column, limit, CACHE: gl.constexpr):
+    """Two or four 32-bit values at a global address (uint64), where column < limit."""
+    if len(values) == 2:
+        gl.inline_asm_elementwise(
+            store_asm(2, CACHE), "=r,l,r,r,r,r", [pointer, values[0], values[1], column, limit], dtype=gl.uint32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        gl.inline_asm_elementwise(
+            store_asm(4, CACHE), "=r,l,r,r,r,r,r,r",
+            [pointer, values[0], values[1], values[2], values[3], column, limit],
+            dtype=gl.uint32, is_pure=False, pack=1,
+        )  # fmt: skip
 
-    `out` is int8, or float16 or bfloat16 and then weight * scale in float32, rounded once.
+
+@gluon.jit
+def put_pair(address, a, b):
+    """Two 32-bit values at a shared address."""
+    gl.inline_asm_elementwise(
+        "st.shared.v2.u32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r", [address, a, b], dtype=gl.uint32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def signed_asm(coded, raw):
+    """Codes of four weights to the weights, int8: each byte less the offset, by itself.
+
+    With 128 added a byte borrows nothing of the next. The sum is a product with a factor that is 1 but no constant: the
+    pipe of shifts and logic is the one that is full.
     """
+    if coded + raw == 8:
+        return "xor.b32 $0, $1, 0x80808080; // $2"
+    add = 0x01010101 * (128 - (1 << (coded + raw - 1)))
+    return f"{{ .reg .b32 m; mad.lo.u32 m, $1, $2, {add}; xor.b32 $0, m, 0x80808080; }}"
+
+
+@gluon.jit
+def signed(u, one, CODED: gl.constexpr, RAW: gl.constexpr):
+    """Codes of four weights to the weights."""
+    return gl.inline_asm_elementwise(signed_asm(CODED, RAW), "=r,r,r", [u, one], dtype=gl.uint32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def decode_tiles(
+    first, heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
+    word_base, one,
+    DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+):  # fmt: skip
+    """Write tiles `first` to first + WARPS - 1 of a matrix at address `out`, [N, K] of DTYPE; `total`: its tiles.
+
+    DTYPE "i8", or "f16" or "bf16" and then weight * scale in float32, rounded once. STAGES: of the ring that raw planes
+    pass through; 1 keeps them in registers, one unit ahead. LINES collects INT8 of two units in shared memory and
+    stores 128 bytes of a row at once, not 32. Shared memory: table | words | ring | lines. Words stand in front, so
+    that a damaged stream, whose cursor runs on, reads what is behind and nothing outside. With WORD_RING, of many
+    words, they pass through a ring of WORD_BYTES, and STAGES is 1.
+    """
+    SIZE: gl.constexpr = 1 if DTYPE == "i8" else 2
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
     STAGE_BYTES: gl.constexpr = 128 * RAW
+    RING: gl.constexpr = STAGES * STAGE_BYTES if STAGES > 1 else 0
+    WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
-    cursor = base + TABLE_BYTES + (warp * WORD_BYTES).to(gl.uint32)
-    ring = base + TABLE_BYTES + WARPS * WORD_BYTES + (warp * (STAGES * STAGE_BYTES)).to(gl.uint32)
-    tile = gl.program_id(0) * WARPS + warp
+    behind = base + TABLE_BYTES
+    if WORD_RING:
+        behind = align(behind, WORD_BYTES)
+    word_buffer = behind + (warp * WORD_BYTES).to(gl.uint32)
+    ring = behind + WARPS * WORD_BYTES + (warp * RING).to(gl.uint32)
+    lines = behind + WARPS * (WORD_BYTES + RING) + (warp * (16 * LINE_PITCH)).to(gl.uint32)
+    tile = first + warp
     panel, across = tile // tiles, tile % tiles
     left = gl.where(tile < total, gl.minimum(panel_units - across * units, units), 0)
     head_row = panel.to(gl.int64) * (tiles + panel_units * RAW) + across * (1 + units * RAW)
     head = (heads + head_row * 32).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     stage_table(base, table, tid, TABLE_BYTES, WARPS)
-    stage_words(cursor, words, offsets, tile, total, lane, WORD_BYTES)
-    execute(tid, "cp.async.commit_group;")
+    if WORD_RING:
+        opened = open_ring(word_buffer, words, offsets, tile, total, lane, WORD_BYTES)
+        cursor = gl.full_like(lane, 0)
+    else:
+        opened = ()
+        stage_words(word_buffer, words, offsets, tile, total, lane, WORD_BYTES)
+        execute(tid, "cp.async.commit_group;")
+        cursor = word_buffer
     raw = head + 128
+    planes = load_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, False)
     for s in gl.static_range(STAGES - 1):
         stage_raw(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW)
         execute(tid, "cp.async.commit_group;")
     execute(tid, wait_text(STAGES - 1))
     block_barrier()
-    one = gl.full_like(lane, 1)
-    below = (one << lane) - 1
-    factors = (gl.full_like(lane, 1) * entry_bytes, gl.full_like(lane, 1) * word_base)
-    row = panel * 16 + (lane // 4).to(gl.int32)
-    column = across * units * 64 + (lane % 4).to(gl.int32) * 8
-    SIZE: gl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
-    to = (out + row.to(gl.int64) * K + column).to(gl.uint64)
-    lower = (gl.full_like(lane, 8 * SIZE) * K).to(gl.uint64)
+    ones = gl.full_like(lane, 1)
+    below = (ones << lane) - 1
+    factors = (ones * entry_bytes, ones * word_base)
+    one = ones * one
+    column = across * units * 64
+    # columns of the tile that are inside the matrix end here
+    end = gl.minimum(K, column + left * 64)
+    if LINES:
+        row = panel * 16 + (lane // 8).to(gl.int32)
+        column += (lane % 8).to(gl.int32) * 16
+        put = lines + (lane // 4) * LINE_PITCH + (lane % 4) * 8
+        get = lines + (lane // 8) * LINE_PITCH + (lane % 8) * 16
+        step = (gl.full_like(lane, 4) * K).to(gl.uint64)
+    else:
+        row = panel * 16 + (lane // 4).to(gl.int32)
+        column += (lane % 4).to(gl.int32) * 8
+        step = (gl.full_like(lane, 8 * SIZE) * K).to(gl.uint64)
+    to = (out + (row.to(gl.int64) * K + column) * SIZE).to(gl.uint64)
+    limits = ()
+    for i in gl.static_range(4 if LINES else 2):
+        limits = limits + (gl.where(row + (4 if LINES else 8) * i < N, end, 0),)
     if SIZE == 2:
-        DTYPE: gl.constexpr = "bf16" if out.dtype.element_ty == gl.bfloat16 else "f16"
         upper_scale = gl.load(scale + row * scale_stride, mask=row < N, other=0.0)
         lower_scale = gl.load(scale + (row + 8) * scale_stride, mask=row + 8 < N, other=0.0)
     take = ring
     give = ring + (STAGES - 1) * STAGE_BYTES
     carry = state
     for unit in range(0, units):
-        execute(tid, wait_text(STAGES - 2))
-        plane = load_raw(take, lane, one, RAW, True)
-        stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW)
-        execute(tid, "cp.async.commit_group;")
-        give = take
-        take += STAGE_BYTES
-        take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
+        if STAGES == 1:
+            plane = planes
+            planes = load_raw(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW, False)
+        else:
+            execute(tid, wait_text(STAGES - 2))
+            plane = load_raw(take, lane, ones, RAW, True)
+            stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW)
+            execute(tid, "cp.async.commit_group;")
+            give = take
+            take += STAGE_BYTES
+            take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
         raw += STAGE_BYTES
         u = ()
         for j in gl.static_range(8):
+            if WORD_RING and j % 4 == 0:
+                opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
             state, cursor, coded, carry = next_word(
-                state, cursor, base, below, factors, cursor, j, carry, CODED, RAW, PRECISION, 0
+                state, cursor, base, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, WRAP
             )
             u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
-        for h in gl.static_range(2):
-            inside = (unit < left) & (column + 32 * h < K)
-            upper_on = (inside & (row < N)).to(gl.uint32)
-            lower_on = (inside & (row + 8 < N)).to(gl.uint32)
-            at = to + 32 * SIZE * h
-            if SIZE == 1:
-                store_global(at, (signed(u[4 * h], CODED, RAW), signed(u[4 * h + 1], CODED, RAW)), upper_on)
-                store_global(at + lower, (signed(u[4 * h + 2], CODED, RAW), signed(u[4 * h + 3], CODED, RAW)), lower_on)
-            else:
-                store_global(at, scaled(u[4 * h], upper_scale, CODED, RAW, DTYPE)
-                             + scaled(u[4 * h + 1], upper_scale, CODED, RAW, DTYPE), upper_on)  # fmt: skip
-                store_global(at + lower, scaled(u[4 * h + 2], lower_scale, CODED, RAW, DTYPE)
-                             + scaled(u[4 * h + 3], lower_scale, CODED, RAW, DTYPE), lower_on)  # fmt: skip
-        to += 64 * SIZE
-        column += 64
+        if LINES:
+            at = put + (gl.full_like(lane, 64) * (unit % 2)).to(gl.uint32)
+            for j in gl.static_range(4):
+                put_pair(at + (j // 2 * 32 + j % 2 * (8 * LINE_PITCH)), signed(u[2 * j], one, CODED, RAW),
+                         signed(u[2 * j + 1], one, CODED, RAW))  # fmt: skip
+            if unit % 2 == 1 or unit + 1 == units:
+                # lanes read what others wrote, and write over what others have read
+                execute(tid, "bar.warp.sync 0xffffffff;")
+                target = to
+                for i in gl.static_range(4):
+                    store_below(target, load_shared(get + i * (4 * LINE_PITCH), 4), column, limits[i], CACHE)
+                    target += step
+                execute(tid, "bar.warp.sync 0xffffffff;")
+            # two units a line
+            to += (gl.full_like(lane, 128) * (unit % 2)).to(gl.uint64)
+            column += 128 * (unit % 2)
+        else:
+            for h in gl.static_range(2):
+                at = to + 32 * SIZE * h
+                if SIZE == 1:
+                    upper = (signed(u[4 * h], one, CODED, RAW), signed(u[4 * h + 1], one, CODED, RAW))
+                    lower = (signed(u[4 * h + 2], one, CODED, RAW), signed(u[4 * h + 3], one, CODED, RAW))
+                else:
+                    upper = scaled(u[4 * h], upper_scale, CODED, RAW, DTYPE) + scaled(
+                        u[4 * h + 1], upper_scale, CODED, RAW, DTYPE
+                    )
+                    lower = scaled(u[4 * h + 2], lower_scale, CODED, RAW, DTYPE) + scaled(
+                        u[4 * h + 3], lower_scale, CODED, RAW, DTYPE
+                    )
+                store_below(at, upper, column, limits[0] - 32 * h, CACHE)
+                store_below(at + step, lower, column, limits[1] - 32 * h, CACHE)
+            to += 64 * SIZE
+            column += 64
     close_block(pieces, tid, WARPS)
 
 
+@gluon.jit(do_not_specialize=["one"])
+def rans_decode_kernel(
+    heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
+    word_base, one,
+    DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+):  # fmt: skip
+    """`decode_tiles` from program_id(0) * WARPS on."""
+    decode_tiles(
+        gl.program_id(0) * WARPS, heads, words, offsets, table, scale, out.to(gl.int64), N, K, tiles, units,
+        panel_units, total, scale_stride, entry_bytes, word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES,
+        LINES, CACHE, WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["one"])
+def rans_decode_many_kernel(
+    descriptors, blocks, entry_bytes, word_base, one,
+    DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    DESCRIPTOR: gl.constexpr,
+    SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+):  # fmt: skip
+    """`decode_tiles` of many weights: blocks int32 [programs, 2] holds each one's weight and first tile."""
+    program = gl.program_id(0)
+    at = descriptors + gl.load(blocks + 2 * program) * DESCRIPTOR
+    first = gl.load(blocks + 2 * program + 1)
+    decode_tiles(
+        first, gl.load(at).to(gl.pointer_type(gl.int32)), gl.load(at + 1).to(gl.pointer_type(gl.int16)),
+        gl.load(at + 2).to(gl.pointer_type(gl.int32)), gl.load(at + 3).to(gl.pointer_type(gl.int32)),
+        gl.load(at + 4).to(gl.pointer_type(gl.float32)), gl.load(at + 5), gl.load(at + 6).to(gl.int32),
+        gl.load(at + 7).to(gl.int32), gl.load(at + 8).to(gl.int32), gl.load(at + 9).to(gl.int32),
+        gl.load(at + 10).to(gl.int32), gl.load(at + 11).to(gl.int32), gl.load(at + 12).to(gl.int32), entry_bytes,
+        word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, WORD_BYTES, WORD_RING,
+        SHARED0, SHARED1, SHARED2,
+    )  # fmt: skip
+
+
+class DecodeLaunch(NamedTuple):
+    """Configuration of a launch. It changes the speed, never a bit of the result."""
+
+    warps: int | None = None
+    """Of a block, a power of two; None: what fills a multiprocessor best."""
+    stages: int = 1
+    """Of the ring that raw planes pass through; 1 keeps them in registers instead."""
+    lines: bool = True
+    """Whether INT8 is collected in shared memory and stored by lines."""
+    cache: str = ""
+    """Suffix of the store: as .cs, what is written will not be read soon."""
+
+
+DTYPE_NAMES = {torch.int8: "i8", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def describe(weight: CodedWeight, scale: Tensor | None, out: Tensor) -> list[Any]:
+    """The kernel's arguments that belong to one weight, in their order; tensors stand for their addresses.
+
+    Args:
+        weight: of one matrix.
+        scale: float32 [1, 1] or [N, 1]; None for INT8.
+        out: [N, K], K a multiple of COLUMNS.
+    """
+    layout = weight.layout
+    factor = weight.table if scale is None else scale
+    return [
+        weight.heads, weight.words, weight.offsets, weight.table, factor, out, layout.shape[0], out.shape[1],
+        layout.grid[1], layout.most_units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
+    ]  # fmt: skip
+
+
+def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: DecodeLaunch) -> dict[str, Any]:
+    """Arguments of a launch that are common to weights of one split and precision."""
+    first = weights[0]
+    split, lines = first.layout.split, launch.lines and dtype is torch.int8
+    word_bytes, word_ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
+    # a ring of words stands at a multiple of its size, and a cursor that runs on stays in it
+    slack, overrun = (word_bytes, 0) if word_ring else (0, max(weight.overrun_bytes for weight in weights))
+    stages = 1 if word_ring else launch.stages
+    ring = 128 * split.raw_bits * stages if stages > 1 else 0
+
+    def shared_bytes(warps: int) -> int:
+        behind = warps * (ring + lines * 16 * LINE_PITCH.value)
+        return first.table.nbytes + slack + warps * word_bytes + max(behind, overrun)
+
+    device = first.heads.device
+    warps = fit_shared(device, launch.warps or fullest(shared_limit(device), shared_bytes), shared_bytes)
+    pieces = shared_pieces(shared_bytes(warps))
+    return {
+        "entry_bytes": 4 * first.table.shape[1], "word_base": STATE_LOW, "one": 1,
+        "DTYPE": DTYPE_NAMES[dtype], "CODED": split.coded_bits, "RAW": split.raw_bits,
+        "PRECISION": first.layout.probability_bits, "WARPS": warps, "STAGES": stages, "LINES": lines,
+        "CACHE": launch.cache, "WORD_BYTES": word_bytes, "WORD_RING": word_ring,
+        "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps,
+    }  # fmt: skip
+
+
+def fullest(limit: int, shared_bytes: Callable[[int], int]) -> int:
+    """Warps of a block, so that as many as can be are resident where shared memory has `limit` bytes.
+
+    Args:
+        limit: of a multiprocessor.
+        shared_bytes: of a block of so many warps; the hardware takes 1024 more.
+    """
+
+    def resident(warps: int) -> int:
+        return limit // (4 * sum(shared_pieces(shared_bytes(warps))) + 1024) * warps
+
+    # more than FULL bring nothing; of blocks that are equal the smallest
+    return max((2, 4, 8, 16), key=lambda warps: (min(FULL, resident(warps)), -warps))
+
+
 def rans_decode_gluon(
-    weight: CodedWeight, scale: Tensor | None = None, dtype: torch.dtype = torch.int8, warps: int = 4, stages: int = 3
+    weight: CodedWeight,
+    scale: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
+    out: Tensor | None = None,
+    launch: DecodeLaunch | None = None,
 ) -> Tensor:
     """Decode to [N, K]: the integers, or times the scale in float16 or bfloat16.
 
@@ -123,27 +357,42 @@ def rans_decode_gluon(
         weight: of one matrix.
         scale: float32 [1, 1] or [N, 1]; needed unless dtype is int8.
         dtype: int8, float16 or bfloat16.
-        warps: of a block.
-        stages: of the ring that raw bits pass through.
+        out: contiguous [N, K] of the dtype to write to, or None.
+        launch: configuration; None takes the default.
     """
-    layout, (n, k) = weight.layout, weight.layout.shape
-    coded, raw = layout.split.coded_bits, layout.split.raw_bits
-    word_bytes = -(-max(weight.word_rows, 1) // 32) * 512
+    n, k = weight.layout.shape
+    pitch = -(-k // COLUMNS[dtype]) * COLUMNS[dtype]
+    # lanes store 16 bytes
+    if out is not None and pitch == k and out.data_ptr() % 16 == 0:
+        target = out
+    else:
+        target = torch.empty(n, pitch, dtype=dtype, device=weight.heads.device)
+    if weight.layout.tiles:
+        options = launch_options([weight], dtype, launch or DecodeLaunch())
+        rans_decode_kernel[(-(-weight.layout.tiles // options["WARPS"]),)](*describe(weight, scale, target), **options)
+    found = target if pitch == k else target[:, :k].contiguous()
+    return found if out is None or out is target else out.copy_(found)
 
-    def shared_bytes(warps: int) -> int:
-        return weight.table.nbytes + warps * word_bytes + max(warps * stages * 128 * raw, weight.overrun_bytes)
 
-    warps = fit_shared(weight.heads.device, warps, shared_bytes)
-    pieces = shared_pieces(shared_bytes(warps))
-    # eight columns are stored at once
-    out = torch.empty(n, -(-k // 8) * 8, dtype=dtype, device=weight.heads.device)
-    factor = weight.table if scale is None else scale
-    if layout.tiles:
-        rans_decode_kernel[(-(-layout.tiles // warps),)](
-            weight.heads, weight.words, weight.offsets, weight.table, factor, out, n, out.shape[1], layout.grid[1],
-            layout.most_units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
-            4 * weight.table.shape[1], STATE_LOW,
-            CODED=coded, RAW=raw, PRECISION=layout.probability_bits, WARPS=warps, STAGES=stages, WORD_BYTES=word_bytes,
-            SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps,
-        )  # fmt: skip
-    return out if out.shape[1] == k else out[:, :k].contiguous()
+def plan_launch(
+    parts: Sequence[tuple[CodedWeight, Tensor | None, Tensor]], launch: DecodeLaunch | None = None
+) -> Callable[[], object]:
+    """A function that decodes several weights in one launch; the caller keeps all the tensors.
+
+    Args:
+        parts: not empty, on the current GPU, of one split, precision and dtype: arguments of `describe`.
+        launch: configuration; None takes the default.
+    """
+    weights, out = [weight for weight, _, _ in parts], parts[0][2]
+    options = launch_options(weights, out.dtype, launch or DecodeLaunch())
+    rows, blocks = [], []
+    for index, part in enumerate(parts):
+        rows.append([a.data_ptr() if isinstance(a, Tensor) else a for a in describe(*part)])
+        blocks += [(index, first) for first in range(0, part[0].layout.tiles, options["WARPS"])]
+    descriptors = torch.tensor(rows, dtype=torch.int64, device=out.device)
+    programs = torch.tensor(blocks, dtype=torch.int32, device=out.device)
+
+    def run() -> None:
+        rans_decode_many_kernel[(len(blocks),)](descriptors, programs, DESCRIPTOR=len(rows[0]), **options)
+
+    return run

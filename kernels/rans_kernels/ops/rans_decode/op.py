@@ -8,8 +8,12 @@ from rans_kernels.dense import dequantize
 from rans_kernels.ops.coded import CodedWeight, backend_of, on_device
 
 
-def rans_decode(weight: CodedWeight) -> Tensor:
+def rans_decode(weight: CodedWeight, out: Tensor | None = None) -> Tensor:
     """Decode to int8 [N, K] on the weight's device.
+
+    Args:
+        weight: of one matrix.
+        out: contiguous int8 [N, K] to write to, or None.
 
     Raises:
         FormatError: on the CPU, a damaged stream. Kernels on a GPU stay inside the tensors but do not report.
@@ -17,20 +21,23 @@ def rans_decode(weight: CodedWeight) -> Tensor:
     match backend_of(weight.heads.device):
         case "cpu":
             heads, words, offsets = weight.heads.numpy(), weight.words.numpy(), weight.offsets.numpy()
-            return torch.from_numpy(decode_tiles(weight.layout, heads, words, offsets, weight.table.numpy()))
+            found = torch.from_numpy(decode_tiles(weight.layout, heads, words, offsets, weight.table.numpy()))
         case "gluon":
             from rans_kernels.ops.rans_decode.gluon import rans_decode_gluon
 
             with on_device(weight.heads):
-                return rans_decode_gluon(weight)
+                return rans_decode_gluon(weight, out=out)
         case _:
             from rans_kernels.ops.rans_decode.triton import rans_decode_triton
 
             with on_device(weight.heads):
-                return rans_decode_triton(weight.heads, weight.words, weight.offsets, weight.table, weight.layout)
+                found = rans_decode_triton(weight.heads, weight.words, weight.offsets, weight.table, weight.layout)
+    return found if out is None else out.copy_(found)
 
 
-def rans_dequantize(weight: CodedWeight, scale: Tensor, dtype: torch.dtype, group_size: int | None = None) -> Tensor:
+def rans_dequantize(
+    weight: CodedWeight, scale: Tensor, dtype: torch.dtype, group_size: int | None = None, out: Tensor | None = None
+) -> Tensor:
     """The weights a layer computes with, [N, K] in `dtype`: `dense.dequantize` of the integers, to the bit.
 
     Args:
@@ -38,10 +45,17 @@ def rans_dequantize(weight: CodedWeight, scale: Tensor, dtype: torch.dtype, grou
         scale: float32, see `dense.expand_scale`.
         dtype: of the result.
         group_size: columns that share a scale, or None.
+        out: contiguous [N, K] of `dtype` to write to, or None.
     """
-    if group_size is None and dtype != torch.float32 and backend_of(weight.heads.device) == "gluon":
+    if fused_scale(weight, dtype, group_size):
         from rans_kernels.ops.rans_decode.gluon import rans_decode_gluon
 
         with on_device(weight.heads):
-            return rans_decode_gluon(weight, scale, dtype)
-    return dequantize(rans_decode(weight), scale, dtype, group_size)
+            return rans_decode_gluon(weight, scale, dtype, out)
+    found = dequantize(rans_decode(weight), scale, dtype, group_size)
+    return found if out is None else out.copy_(found)
+
+
+def fused_scale(weight: CodedWeight, dtype: torch.dtype, group_size: int | None) -> bool:
+    """Whether a kernel multiplies by the scale as it decodes."""
+    return group_size is None and dtype != torch.float32 and backend_of(weight.heads.device) == "gluon"

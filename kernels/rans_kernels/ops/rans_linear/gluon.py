@@ -7,6 +7,8 @@ Nothing is written but y. panel.py has the arithmetic and its order.
 # tuples grow in loops that are unrolled
 # mypy: disable-error-code="assignment"
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -120,14 +122,15 @@ def multiply_tile(
 
 
 @gluon.jit
-def rans_linear_kernel(
-    heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes, word_base,
+def multiply_panel(
+    panel, heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes,
+    word_base,
     TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] @ W.T for panel program_id(0); K a multiple of 64, x contiguous and 16-byte aligned.
+    """y [M, N] = x [M, K] @ W.T for one panel, by the whole block; K a multiple of 64, x contiguous, 16-byte aligned.
 
     Shared memory: table | words, two buffers a warp if it has several tiles | ring of raw planes | sums of every tile.
     Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
@@ -146,7 +149,6 @@ def rans_linear_kernel(
     word_buffer = behind + (warp * WORDS).to(gl.uint32)
     ring = behind + WARPS * WORDS + (warp * RING).to(gl.uint32)
     partial = behind + WARPS * (WORDS + RING)
-    panel = gl.program_id(0)
     heads += panel.to(gl.int64) * ((TILES + panel_units * RAW) * 32)
     offsets += panel * TILES
 
@@ -205,6 +207,22 @@ def rans_linear_kernel(
     close_block(pieces, tid, WARPS)
 
 
+@gluon.jit
+def rans_linear_kernel(
+    heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes, word_base,
+    TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
+    COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
+    SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+):  # fmt: skip
+    """`multiply_panel` of panel program_id(0)."""
+    multiply_panel(
+        gl.program_id(0), heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride,
+        entry_bytes, word_base, TILES, SPAN, CODED, RAW, PRECISION, COLUMN_BLOCKS, HAS_BIAS, BFLOAT16, WARPS, STAGES,
+        WORD_BYTES, WORD_RING, OVERLAP, SHARED0, SHARED1, SHARED2,
+    )  # fmt: skip
+
+
 def rans_linear_gluon(
     x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None, launch: Launch | None = None
 ) -> Tensor:
@@ -224,33 +242,44 @@ def rans_linear_gluon(
     return y
 
 
-def multiply_rows(
-    x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None, y: Tensor, launch: Launch | None
-) -> None:
-    """One launch, into the first rows of y."""
-    layout, (m, k) = weight.layout, x.shape
-    panels, tiles = layout.grid
-    coded, raw = layout.split.coded_bits, layout.split.raw_bits
-    word_bytes, ring = word_buffer_bytes(weight.word_rows)
-    column_blocks = triton.next_power_of_2(-(-m // 8))
-    warps, stages, overlap = launch or choose_launch(x.device, layout.shape, column_blocks, tiles)
+def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: int, launch: Launch | None) -> dict:
+    """Constants of a launch for so many rows of x, at most MAX_ROWS.
+
+    The weights have one layout but for their N, and sums in one order.
+    """
+    layout = weights[0].layout
+    tiles, coded, raw = layout.grid[1], layout.split.coded_bits, layout.split.raw_bits
+    word_bytes, ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
+    column_blocks = triton.next_power_of_2(-(-rows // 8))
+    shape = sum(weight.layout.shape[0] for weight in weights), layout.shape[1]
+    warps, stages, overlap = launch or choose_launch(device, shape, column_blocks, tiles)
     stages = 1 if ring else stages
 
     def shared_bytes(warps: int) -> int:
         buffers = 1 if ring or tiles <= warps else 2
         behind = warps * stages * 128 * raw + -(-tiles // warps) * warps * 512 * column_blocks
         # a ring stands at a multiple of its size, and a cursor that runs on stays in it
-        slack, overrun = (word_bytes, 0) if ring else (0, weight.overrun_bytes)
-        return weight.table.nbytes + slack + warps * buffers * word_bytes + max(behind, overrun)
+        slack, overrun = (word_bytes, 0) if ring else (0, weights[0].overrun_bytes)
+        return weights[0].table.nbytes + slack + warps * buffers * word_bytes + max(behind, overrun)
 
-    warps = fit_shared(x.device, warps, shared_bytes)
+    warps = fit_shared(device, warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
-    rans_linear_kernel[(panels,)](
+    return {
+        "TILES": tiles, "SPAN": span_tiles(layout.shape[0], tiles), "CODED": coded, "RAW": raw,
+        "PRECISION": layout.probability_bits, "COLUMN_BLOCKS": column_blocks, "WARPS": warps, "STAGES": stages,
+        "WORD_BYTES": word_bytes, "WORD_RING": ring, "OVERLAP": overlap,
+        "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps, "launch_pdl": overlap,
+    }  # fmt: skip
+
+
+def multiply_rows(
+    x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None, y: Tensor, launch: Launch | None
+) -> None:
+    """One launch, into the first rows of y."""
+    layout, (m, k) = weight.layout, x.shape
+    rans_linear_kernel[(layout.grid[0],)](
         weight.heads, weight.words, weight.offsets, weight.table, scale, scale if bias is None else bias, x, y, m,
         layout.shape[0], k, layout.most_units, layout.panel_units, int(scale.shape[0] > 1),
-        4 * weight.table.shape[1], STATE_LOW,
-        TILES=tiles, SPAN=span_tiles(layout.shape[0], tiles), CODED=coded, RAW=raw, PRECISION=layout.probability_bits,
-        COLUMN_BLOCKS=column_blocks, HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps,
-        STAGES=stages, WORD_BYTES=word_bytes, WORD_RING=ring, OVERLAP=overlap,
-        SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, launch_pdl=overlap,
+        4 * weight.table.shape[1], STATE_LOW, HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16,
+        **launch_options(x.device, [weight], m, launch),
     )  # fmt: skip
