@@ -91,7 +91,7 @@ from rans_kernels.ops.rans_linear.hopper import add_spans_kernel, arrange_x_kern
 tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "scale": "*fp32", "bias": "*bf16",
            "x": "*bf16", "y": "*bf16", "out": "*bf16", "partial": "*fp32"}
 constants = {"CODED": 1, "RAW": 7, "PRECISION": 10, "COLUMNS": 64, "HAS_BIAS": True, "BFLOAT16": True, "WARPS": 4,
-             "STAGES": 3, "X_STAGES": 4, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "CHAIN": False,
+             "STAGES": 4, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "CHAIN": False,
              "OVERLAP": True, "SPANS": 3, "SHARED0": 8192, "SHARED1": 4096, "SHARED2": 4096}
 compact = {"CODED": 8, "RAW": 0, "PRECISION": 12, "WORD_BYTES": 2048, "WORD_RING": True}
 chain = {"COLUMNS": 256, "CHAIN": True, "SPAN": 6, "SHARED0": 32768, "SHARED1": 4096}

@@ -63,10 +63,6 @@ class WideLaunch(NamedTuple):
     """Rows of x that a block takes: a power of two, 8 to 256."""
     warps: int
     """Of a block, 4 or more; a power of two."""
-    stages: int
-    """Of the ring that raw bits pass through, at least 2."""
-    x_stages: int
-    """Units of x in shared memory, at least 3."""
     registers: int | None
     """Most that a thread may have, or None."""
     chain: bool
@@ -77,9 +73,9 @@ def choose_wide_launch(rows: int) -> WideLaunch:
     """Launch of so many rows of x in the order of the sums that all kernels share."""
     columns = min(128, max(16, 1 << (rows - 1).bit_length()))
     if columns == 128:
-        return WideLaunch(columns, 8, 4, 3, None, False)
+        return WideLaunch(columns, 8, None, False)
     # two blocks a multiprocessor
-    return WideLaunch(columns, 8, 4, 4, 128, False)
+    return WideLaunch(columns, 8, 128, False)
 
 
 @lru_cache
@@ -99,7 +95,7 @@ def choose_chain_launch(device: torch.device, shape: tuple[int, int], coded_bits
     blocks = -(-shape[0] // 128) * -(-rows // 256)
     full = blocks >= 0.8 * properties.multi_processor_count
     if properties.major == 9 and coded_bits <= 2 and 128 < rows <= 1024 and full:
-        return WideLaunch(256, 8, 4, 4, None, True)
+        return WideLaunch(256, 8, None, True)
     return None
 
 

@@ -111,51 +111,62 @@ def open_barrier(barrier, COUNT: gl.constexpr, on):
 
 
 @gluon.constexpr_function
-def copy_stage_asm(size):
+def stage_bytes(size):
+    """A stage of a ring: what it holds, two barriers, and what keeps stages aligned."""
+    return size + 128
+
+
+@gluon.constexpr_function
+def copy_stage_asm(size, stages):
     """Wait until a stage is free, arrive at its barrier, which expects `size` bytes, and begin to copy them."""
     return (
-        "{ .reg .pred p, q; .reg .b32 b; .reg .b64 f; setp.ne.u32 p, $5, 0; setp.eq.u32 q, $5, 0; "
-        f"add.u32 b, $1, {size}; mad.wide.u32 f, $3, {size}, $2; "
-        "AGAIN: @p mbarrier.try_wait.parity.shared.b64 q, [b+8], $4; @!q bra AGAIN; "
-        f"@p mbarrier.arrive.expect_tx.shared.b64 _, [b], {size}; "
-        f"@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [f], {size}, [b]; "
-        "mov.u32 $0, 0; }"
+        "{ .reg .pred p, q; .reg .b32 s, b, t; .reg .b64 f; setp.ne.u32 p, $4, 0; @!p bra OVER; "
+        f"and.b32 s, $3, {stages - 1}; mad.lo.u32 s, s, {stage_bytes(size)}, $1; add.u32 b, s, {size}; "
+        f"shr.u32 t, $3, {stages.bit_length() - 1}; add.u32 t, t, 1; and.b32 t, t, 1; "
+        "AGAIN: mbarrier.try_wait.parity.shared.b64 q, [b+8], t; @!q bra AGAIN; "
+        f"mbarrier.arrive.expect_tx.shared.b64 _, [b], {size}; mad.wide.u32 f, $3, {size}, $2; "
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s], [f], {size}, [b]; "
+        "OVER: mov.u32 $0, 0; }"
     )
 
 
 @gluon.jit
-def copy_stage(stage, pointer, index, parity, on, SIZE: gl.constexpr):
-    """Begin to copy piece `index`, of SIZE bytes, behind a global address (uint64) to a stage, where `on` is not 0.
+def copy_stage(ring, pointer, index, on, SIZE: gl.constexpr, STAGES: gl.constexpr):
+    """Begin to copy piece `index`, of SIZE bytes, behind a global address (uint64) to its stage, where `on` is not 0.
 
-    For one thread of a block. Behind the stage stand two barriers: one that the copy completes, one that all warps
-    have completed, in a phase of `parity`, when they are done with what was there.
+    For one thread of a block. STAGES is a power of two. Behind what a stage holds stand two barriers: one that the
+    copy completes, one that all warps complete when they are done with it.
     """
     gl.inline_asm_elementwise(
-        copy_stage_asm(SIZE),
-        "=r,r,l,r,r,r",
-        [stage, pointer, index, parity, on],
-        dtype=gl.uint32,
-        is_pure=False,
-        pack=1,
+        copy_stage_asm(SIZE, STAGES), "=r,r,l,r,r", [ring, pointer, index, on], dtype=gl.uint32, is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
+def release_stage_asm(size):
+    """Predicated arrival at a stage's second barrier."""
+    return f"{{ .reg .pred p; setp.ne.u32 p, $2, 0; @p mbarrier.arrive.shared.b64 _, [$1+{size + 8}]; mov.u32 $0, 0; }}"
+
+
+@gluon.jit
+def release_stage(stage, on, SIZE: gl.constexpr):
+    """Say that a warp is done with what a stage held, where `on` is not 0: one lane of each."""
+    gl.inline_asm_elementwise(release_stage_asm(SIZE), "=r,r,r", [stage, on], dtype=gl.uint32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def wait_stage_asm(size):
+    """Wait for the phase of a stage's first barrier."""
+    return (
+        "{ .reg .pred q; "
+        f"AGAIN: mbarrier.try_wait.parity.shared.b64 q, [$1+{size}], $2; @!q bra AGAIN; mov.u32 $0, 0; }}"
     )
 
 
 @gluon.jit
-def arrive(barrier, on):
-    """Arrive at a barrier where `on` is not 0."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p mbarrier.arrive.shared.b64 _, [$1]; mov.u32 $0, 0; }",
-        "=r,r,r", [barrier, on], dtype=gl.uint32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def wait_barrier(barrier, parity):
-    """Wait until a barrier's phase of a parity is complete."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred q; AGAIN: mbarrier.try_wait.parity.shared.b64 q, [$1], $2; @!q bra AGAIN; mov.u32 $0, 0; }",
-        "=r,r,r", [barrier, parity], dtype=gl.uint32, is_pure=False, pack=1,
-    )  # fmt: skip
+def wait_stage(stage, parity, SIZE: gl.constexpr):
+    """Wait until what was to be copied to a stage for the even (0) or odd (1) time is there."""
+    gl.inline_asm_elementwise(wait_stage_asm(SIZE), "=r,r,r", [stage, parity], dtype=gl.uint32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -43,16 +43,20 @@ from rans_kernels.ops.warp import (
     stage_words,
 )
 from rans_kernels.ops.wgmma import (
-    arrive,
     begin_product,
     copy_stage,
     finish_products,
     open_barrier,
+    release_stage,
+    stage_bytes,
     store_word,
-    wait_barrier,
     wait_products,
+    wait_stage,
     x_descriptor,
 )
+
+STAGES = 4
+"""Of the rings of raw planes and of x; a power of two. Warps may be a unit apart, so two units of x are in use."""
 
 
 @gluon.jit
@@ -104,7 +108,7 @@ def rans_linear_hopper_kernel(
     word_base,
     TILES: gl.constexpr, SPAN: gl.constexpr, CHAIN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr,
     PRECISION: gl.constexpr, COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr,
-    WARPS: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr, WORD_BYTES: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr, WORD_BYTES: gl.constexpr,
     WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
@@ -120,9 +124,8 @@ def rans_linear_hopper_kernel(
     STAGE_BYTES: gl.constexpr = 128 * RAW
     RING: gl.constexpr = STAGES * STAGE_BYTES
     X_BYTES: gl.constexpr = COLUMNS * 128
-    # two barriers behind a stage, and what keeps stages aligned
-    X_STRIDE: gl.constexpr = X_BYTES + 128
-    # X_STAGES: warps may be a unit apart, so two units are in use; the others are on their way
+    X_STAGE: gl.constexpr = stage_bytes(X_BYTES)
+    TURN: gl.constexpr = STAGES.bit_length() - 1
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     WORDS: gl.constexpr = WORD_BYTES if WORD_RING else 2 * WORD_BYTES
     WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
@@ -166,9 +169,9 @@ def rans_linear_hopper_kernel(
     # one thread brings the units of x, all warps say when they are done with one
     first_thread = (tid == 0).to(gl.uint32)
     first_lane = (lane == 0).to(gl.uint32)
-    for s in gl.static_range(X_STAGES):
-        open_barrier(x_ring + s * X_STRIDE + X_BYTES, 1, first_thread)
-        open_barrier(x_ring + s * X_STRIDE + X_BYTES + 8, WARPS, first_thread)
+    for s in gl.static_range(STAGES):
+        open_barrier(x_ring + s * X_STAGE + X_BYTES, 1, first_thread)
+        open_barrier(x_ring + s * X_STAGE + X_BYTES + 8, WARPS, first_thread)
     execute(tid, "fence.mbarrier_init.release.cluster;")
     execute(tid, wait_text(STAGES - 1))
     block_barrier()
@@ -177,9 +180,8 @@ def rans_linear_hopper_kernel(
         execute(tid, "griddepcontrol.wait;")
     first_unit = gl.program_id(2).to(gl.int64) * panel_units + first * units
     x_from = (x + first_unit * (64 * COLUMNS)).to(gl.uint64) + (0 * lane).to(gl.uint64)
-    for s in gl.static_range(X_STAGES - 2):
-        # of a barrier that nobody has arrived at, the phase before counts as complete
-        copy_stage(x_ring + s * X_STRIDE, x_from, zero + s, one, first_thread * (left > s).to(gl.uint32), X_BYTES)
+    for s in gl.static_range(STAGES - 2):
+        copy_stage(x_ring, x_from, zero + s, first_thread * (left > s).to(gl.uint32), X_BYTES, STAGES)
 
     below = (one << lane) - 1
     factors = (one * entry_bytes, one * word_base)
@@ -188,14 +190,6 @@ def rans_linear_hopper_kernel(
     c = total
     g1 = (zero,) * 4
     h1 = (zero,) * 4
-    take = ring
-    give = ring + (STAGES - 1) * STAGE_BYTES
-    # scalars, for the uniform registers
-    X_END: gl.constexpr = X_STAGES * X_STRIDE
-    x_take = first * 0
-    x_give = x_take + (X_STAGES - 2) * X_STRIDE
-    take_parity = x_take
-    give_parity = x_take + 1
     cursor = word_buffer
     other = word_buffer + WORD_BYTES
     unit_at = 0
@@ -222,42 +216,34 @@ def rans_linear_hopper_kernel(
         if not WORD_RING:
             stage_words(other, words, offsets, tile + 1 + 0 * warp, tiles, lane, WORD_BYTES)
         for _ in range(0, gl.minimum(units, panel_units - tile * units)):
-            # into the stage of two units ago
-            ahead = unit_at + X_STAGES - 2
-            copy_stage(x_ring + x_give.to(gl.uint32), x_from, zero + ahead.to(gl.uint32),
-                       zero + give_parity.to(gl.uint32), first_thread * (ahead < left).to(gl.uint32),
-                       X_BYTES)  # fmt: skip
-            x_give += X_STRIDE
-            give_parity = gl.where(x_give == X_END, 1 - give_parity, give_parity)
-            x_give = gl.where(x_give == X_END, 0, x_give)
+            # rings of raw planes and of x turn alike; x goes into the stage of two units ago
+            slot = unit_at & (STAGES - 1)
+            slot_before = (unit_at + STAGES - 1) & (STAGES - 1)
+            ahead = unit_at + STAGES - 2
+            on = first_thread * gl.where(ahead < left, 1, 0).to(gl.uint32)
+            copy_stage(x_ring, x_from, zero + ahead.to(gl.uint32), on, X_BYTES, STAGES)
             execute(tid, wait_text(STAGES - 2))
-            plane = load_raw(take, lane, one, RAW, True)
-            stage_raw(give, raw, lane, inside * (unit_at + STAGES - 1 < left).to(gl.uint32), RAW)
+            plane = load_raw(ring + (slot * STAGE_BYTES).to(gl.uint32), lane, one, RAW, True)
+            stage_raw(ring + (slot_before * STAGE_BYTES).to(gl.uint32), raw, lane,
+                      inside * gl.where(ahead + 1 < left, 1, 0).to(gl.uint32), RAW)  # fmt: skip
             execute(tid, "cp.async.commit_group;")
             raw += STAGE_BYTES
             tile_left -= 1
             raw += gl.where(tile_left == 0, 128, 0)
             tile_left = gl.where(tile_left == 0, units, tile_left)
-            give = take
-            take += STAGE_BYTES
-            take = gl.where(take == ring + RING, ring, take)
-            descriptor = x_descriptor(x_ring + x_take.to(gl.uint32), COLUMNS)
+            x_at = x_ring + (slot * X_STAGE).to(gl.uint32)
+            descriptor = x_descriptor(x_at, COLUMNS)
             if WORD_RING:
                 opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
             state, cursor, carry, g0, h0 = half_operands(
                 state, cursor, base, below, factors, word_buffer, plane, zero, 0, CODED, RAW, PRECISION, WRAP, DTYPE
             )
-            wait_barrier(x_ring + (x_take + X_BYTES).to(gl.uint32), zero + take_parity.to(gl.uint32))
+            wait_stage(x_at, zero + (unit_at >> TURN & 1).to(gl.uint32), X_BYTES)
             c = begin_product(c, g0, h0, descriptor, COLUMNS, DTYPE)
             wait_products(g1, h1, 1)
             # the products of the unit before are over
-            before = gl.where(x_take == 0, X_END - X_STRIDE, x_take - X_STRIDE)
-            arrive(
-                x_ring + (before + X_BYTES + 8).to(gl.uint32), first_lane * gl.where(unit_at > 0, 1, 0).to(gl.uint32)
-            )
-            x_take += X_STRIDE
-            take_parity = gl.where(x_take == X_END, 1 - take_parity, take_parity)
-            x_take = gl.where(x_take == X_END, 0, x_take)
+            release_stage(x_ring + (slot_before * X_STAGE).to(gl.uint32),
+                          first_lane * gl.where(unit_at > 0, 1, 0).to(gl.uint32), X_BYTES)  # fmt: skip
             if WORD_RING:
                 opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
             state, cursor, carry, g1, h1 = half_operands(
@@ -343,13 +329,13 @@ def rans_linear_hopper(
     n = layout.shape[0]
     panels, tiles = layout.grid
     launch = launch or choose_wide_launch(m)
-    columns, warps, stages, x_stages, registers, chain = launch
+    columns, warps, registers, chain = launch
     span = tiles if chain else span_tiles(n, tiles)
     spans, blocks = -(-tiles // span), -(-m // columns)
     coded, raw = layout.split.coded_bits, layout.split.raw_bits
     word_bytes, ring = word_buffer_bytes(weight.word_rows)
     words = (warps + 1 if ring else 2 * warps) * word_bytes
-    behind = warps * stages * 128 * raw + x_stages * (columns + 1) * 128 + 128
+    behind = STAGES * (warps * 128 * raw + stage_bytes(128 * columns)) + 128
     pieces = shared_pieces(weight.table.nbytes + words + max(behind, 0 if ring else weight.overrun_bytes))
     arranged = torch.empty(blocks * columns, k, dtype=x.dtype, device=x.device)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -362,7 +348,7 @@ def rans_linear_hopper(
         weight.heads, weight.words, weight.offsets, weight.table, *factors, arranged, out, m, n, panels,
         layout.most_units, layout.panel_units, scale_stride, 4 * weight.table.shape[1], STATE_LOW,
         TILES=tiles, SPAN=span, CHAIN=chain, CODED=coded, RAW=raw, PRECISION=layout.probability_bits, COLUMNS=columns,
-        HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages, X_STAGES=x_stages,
+        HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=STAGES,
         WORD_BYTES=word_bytes, WORD_RING=ring, OVERLAP=True,
         SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, maxnreg=registers, launch_pdl=True,
     )  # fmt: skip
