@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from rans_kernels.coder.plan import choose_probability_bits
 from rans_kernels.format import LANE_WEIGHTS, Split
 from rans_kernels.ops.rans_decode.gluon import rans_decode_kernel
 from rans_kernels.ops.rans_linear.gluon import rans_linear_kernel
@@ -35,7 +36,7 @@ def compile_kernel(kernel: Any, split: Split, stages: int, capability: int) -> b
     ring = split.coded_bits >= 4
     constants = {
         "TILES": 4, "SPAN": 1, "CODED": split.coded_bits, "RAW": split.raw_bits,
-        "PRECISION": 12 if split.coded_bits == 8 else 10, "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False,
+        "PRECISION": choose_probability_bits(split), "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False,
         "WARPS": 4, "STAGES": stages, "WORD_BYTES": 2048 if ring else 512, "WORD_RING": ring,
         "OVERLAP": capability >= 90, "DTYPE": "i8", "LINES": True, "CACHE": "", "SHARED0": 4096, "SHARED1": 4096,
         "SHARED2": 4096,

@@ -38,8 +38,8 @@ def seconds_per_weight(split: Split, bits: float) -> float:
 def choose_split(counts: NDArray[np.int64], profile: str) -> Split:
     """The split for a layer.
 
-    compact: fewest bits, or `COMPACT_BITS` more for more weights a symbol. fast: least time by `seconds_per_weight`, fewer bits where equal. auto: least time among those
-    within `AUTO_BITS` of the fewest bits.
+    compact: fewest bits, or `COMPACT_BITS` more for more weights a symbol. fast: least time by `seconds_per_weight`,
+    fewer bits where equal. auto: least time among those within `AUTO_BITS` of the fewest bits.
 
     Args:
         counts: histogram of the weights from -128 to 127, [256].

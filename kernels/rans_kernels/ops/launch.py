@@ -56,6 +56,53 @@ def choose_launch(device: torch.device, shape: tuple[int, int], column_blocks: i
     return rule
 
 
+class WideLaunch(NamedTuple):
+    """Configuration of the kernels for many rows of x (rans_linear/hopper.py)."""
+
+    columns: int
+    """Rows of x that a block takes: a power of two, 8 to 256."""
+    warps: int
+    """Of a block, 4 or more; a power of two."""
+    stages: int
+    """Of the ring that raw bits pass through, at least 2."""
+    x_stages: int
+    """Units of x in shared memory, at least 3."""
+    registers: int | None
+    """Most that a thread may have, or None."""
+    chain: bool
+    """Whether all tiles are one chain of MMAs: as fast for more columns, but another order of the sums."""
+
+
+def choose_wide_launch(rows: int) -> WideLaunch:
+    """Launch of so many rows of x in the order of the sums that all kernels share."""
+    columns = min(128, max(16, 1 << (rows - 1).bit_length()))
+    if columns == 128:
+        return WideLaunch(columns, 8, 4, 3, None, False)
+    # two blocks a multiprocessor
+    return WideLaunch(columns, 8, 4, 4, 128, False)
+
+
+@lru_cache
+def choose_chain_launch(device: torch.device, shape: tuple[int, int], coded_bits: int, rows: int) -> WideLaunch | None:
+    """Launch of many rows of x where it is faster than to decode and multiply by the library, else None.
+
+    A block decodes its weights for 256 rows of x at most: with more such blocks of rows, or a decoder that takes
+    longer than the product, decoding once is less work. Measured on an H200 (docs/kernels.md).
+
+    Args:
+        device: a CUDA device.
+        shape: (N, K) of the weight.
+        coded_bits: of its split.
+        rows: of x.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    blocks = -(-shape[0] // 128) * -(-rows // 256)
+    full = blocks >= 0.8 * properties.multi_processor_count
+    if properties.major == 9 and coded_bits <= 2 and 128 < rows <= 1024 and full:
+        return WideLaunch(256, 8, 4, 4, None, True)
+    return None
+
+
 @lru_cache
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block may have."""

@@ -1,0 +1,374 @@
+"""Fused kernel for Hopper and more than a few rows of x: rANS decode straight into the operands of wgmma.
+
+A block computes 16 * WARPS rows of W over one span of tiles, a warp decodes its panel, and the rows of x, which all
+warps share, pass through shared memory once. Sums have the order of panel.py. One kernel before it arranges x, one
+after it adds the spans.
+"""
+
+# tuples grow in loops that are unrolled
+# mypy: disable-error-code="assignment, misc"
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from rans_kernels.format import STATE_LOW
+from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.ops.launch import WideLaunch, choose_wide_launch
+from rans_kernels.ops.panel import pad_columns, span_tiles
+from rans_kernels.ops.simt import (
+    align,
+    block_barrier,
+    close_block,
+    execute,
+    load_global,
+    open_block,
+    shared_pieces,
+    thread_layout,
+    wait_text,
+    word_buffer_bytes,
+)
+from rans_kernels.ops.warp import (
+    codes,
+    entry_words,
+    load_raw,
+    next_word,
+    open_ring,
+    operands,
+    raw_bits,
+    refill_ring,
+    stage_raw,
+    stage_table,
+    stage_words,
+)
+from rans_kernels.ops.wgmma import (
+    arrive,
+    begin_product,
+    copy_stage,
+    finish_products,
+    open_barrier,
+    store_word,
+    wait_barrier,
+    wait_products,
+    x_descriptor,
+)
+
+
+@gluon.jit
+def arrange_x_kernel(x, out, M, K, COLUMNS: gl.constexpr, OVERLAP: gl.constexpr):
+    """Rows of x as wgmma wants them: [M / COLUMNS, K / 64, 8, COLUMNS / 8, 8, 8], from [M, K]; zeros beyond M.
+
+    A warp arranges 8 rows x 32 columns: lane 4 r + t has 8 columns of row r, and register 2 s + p of it, two halves, is
+    that lane's part of matrix 2 s + p, where lane t of an MMA holds columns 2 t and 2 t + 1.
+    """
+    tid = gl.arange(0, 128, layout=thread_layout(4))
+    lane = tid % 32
+    if OVERLAP:
+        execute(tid, "griddepcontrol.launch_dependents;")
+        execute(tid, "griddepcontrol.wait;")
+    half = gl.program_id(0) * 4 + tid // 32
+    row = gl.program_id(1) * 8 + lane // 4
+    inside = half * 32 < K
+    at = (x + row.to(gl.int64) * K + half * 32 + lane % 4 * 8).to(gl.uint64)
+    values = load_global(at, (inside & (row < M)).to(gl.uint32), 4)
+    block = gl.program_id(1) // (COLUMNS // 8)
+    eight = gl.program_id(1) % (COLUMNS // 8)
+    unit = block.to(gl.int64) * (K // 64) + half // 2
+    to = (unit * 8 + half % 2 * 4) * (COLUMNS // 8) + eight
+    for i in gl.static_range(4):
+        pointer = (out + (to + i * (COLUMNS // 8)) * 64 + lane * 2).to(gl.uint64)
+        store_word(pointer, values[i], inside.to(gl.uint32))
+
+
+@gluon.jit
+def half_operands(
+    state, cursor, table, below, factors, ring, plane, carry, HALF: gl.constexpr, CODED: gl.constexpr,
+    RAW: gl.constexpr, PRECISION: gl.constexpr, WRAP: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Decode half a unit: the next state and cursor, and the operands of rows g and g + 8."""
+    u = ()
+    for j in gl.static_range(4 * HALF, 4 * HALF + 4):
+        state, cursor, coded, carry = next_word(
+            state, cursor, table, below, factors, ring, j, carry, CODED, RAW, PRECISION, WRAP
+        )
+        u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
+    g = operands(u[0], CODED, RAW, DTYPE) + operands(u[1], CODED, RAW, DTYPE)
+    h = operands(u[2], CODED, RAW, DTYPE) + operands(u[3], CODED, RAW, DTYPE)
+    return state, cursor, carry, g, h
+
+
+@gluon.jit
+def rans_linear_hopper_kernel(
+    heads, words, offsets, table, scale, bias, x, y, M, N, panels, units, panel_units, scale_stride, entry_bytes,
+    word_base,
+    TILES: gl.constexpr, SPAN: gl.constexpr, CHAIN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr,
+    PRECISION: gl.constexpr, COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr, WORD_BYTES: gl.constexpr,
+    WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
+    SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+):  # fmt: skip
+    """Rows 16 * WARPS * program_id(0) ... of W over span program_id(1), with COLUMNS rows of x from program_id(2).
+
+    y is [M, N], or, of several spans, their sums, [spans, M, N] float32, for `add_spans_kernel`. With CHAIN the tiles
+    of a span are one chain of MMAs, another order than that of panel.py. x as `arrange_x_kernel` leaves it.
+    Shared memory: table | words, two buffers or a ring (WORD_RING) a warp | ring of raw planes | ring of x. Words stand
+    in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
+    """
+    DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
+    TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
+    STAGE_BYTES: gl.constexpr = 128 * RAW
+    RING: gl.constexpr = STAGES * STAGE_BYTES
+    X_BYTES: gl.constexpr = COLUMNS * 128
+    # two barriers behind a stage, and what keeps stages aligned
+    X_STRIDE: gl.constexpr = X_BYTES + 128
+    # X_STAGES: warps may be a unit apart, so two units are in use; the others are on their way
+    tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
+    WORDS: gl.constexpr = WORD_BYTES if WORD_RING else 2 * WORD_BYTES
+    WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
+    behind = base + TABLE_BYTES
+    if WORD_RING:
+        behind = align(behind, WORD_BYTES)
+    word_buffer = behind + (warp * WORDS).to(gl.uint32)
+    ring = behind + WARPS * WORDS + (warp * RING).to(gl.uint32)
+    x_ring = align(behind + WARPS * (WORDS + RING), 128)
+    one = gl.full_like(lane, 1)
+    zero = gl.full_like(lane, 0)
+
+    # this warp's panel; one beyond the matrix decodes nothing that is stored
+    panel = gl.program_id(0) * WARPS + warp
+    inside = (panel < panels).to(gl.uint32)
+    panel = gl.minimum(panel, panels - 1)
+    first = gl.program_id(1) * SPAN
+    last = gl.minimum(first + SPAN, TILES)
+    unit_end = gl.minimum(last * units, panel_units)
+    left = unit_end - first * units
+    # a tile's head: its states, then raw planes; the next tile's follow
+    head = (heads + (panel.to(gl.int64) * (TILES + panel_units * RAW) + first * (1 + units * RAW)) * 32).to(gl.uint64)
+    offsets += panel * TILES
+    stage_table(base, table, tid, TABLE_BYTES, WARPS)
+    # a panel beyond the matrix has no tiles
+    tiles = last * inside.to(gl.int32)
+    if not WORD_RING:
+        stage_words(word_buffer, words, offsets, first + 0 * warp, tiles, lane, WORD_BYTES)
+    execute(tid, "cp.async.commit_group;")
+    state = load_global(head + (lane * 4).to(gl.uint64), inside, 1)[0]
+    raw = head + 128
+    tile_left = units
+    for s in gl.static_range(STAGES - 1):
+        stage_raw(ring + s * STAGE_BYTES, raw, lane, inside * (left > s).to(gl.uint32), RAW)
+        execute(tid, "cp.async.commit_group;")
+        raw += STAGE_BYTES
+        tile_left -= 1
+        raw += gl.where(tile_left == 0, 128, 0)
+        tile_left = gl.where(tile_left == 0, units, tile_left)
+
+    # one thread brings the units of x, all warps say when they are done with one
+    first_thread = (tid == 0).to(gl.uint32)
+    first_lane = (lane == 0).to(gl.uint32)
+    for s in gl.static_range(X_STAGES):
+        open_barrier(x_ring + s * X_STRIDE + X_BYTES, 1, first_thread)
+        open_barrier(x_ring + s * X_STRIDE + X_BYTES + 8, WARPS, first_thread)
+    execute(tid, "fence.mbarrier_init.release.cluster;")
+    execute(tid, wait_text(STAGES - 1))
+    block_barrier()
+    if OVERLAP:
+        # weights are nobody's result; x is
+        execute(tid, "griddepcontrol.wait;")
+    first_unit = gl.program_id(2).to(gl.int64) * panel_units + first * units
+    x_from = (x + first_unit * (64 * COLUMNS)).to(gl.uint64) + (0 * lane).to(gl.uint64)
+    for s in gl.static_range(X_STAGES - 2):
+        # of a barrier that nobody has arrived at, the phase before counts as complete
+        copy_stage(x_ring + s * X_STRIDE, x_from, zero + s, one, first_thread * (left > s).to(gl.uint32), X_BYTES)
+
+    below = (one << lane) - 1
+    factors = (one * entry_bytes, one * word_base)
+    none = zero.to(gl.float32)
+    total = (none,) * (COLUMNS // 2)
+    c = total
+    g1 = (zero,) * 4
+    h1 = (zero,) * 4
+    take = ring
+    give = ring + (STAGES - 1) * STAGE_BYTES
+    # scalars, for the uniform registers
+    X_END: gl.constexpr = X_STAGES * X_STRIDE
+    x_take = first * 0
+    x_give = x_take + (X_STAGES - 2) * X_STRIDE
+    take_parity = x_take
+    give_parity = x_take + 1
+    cursor = word_buffer
+    other = word_buffer + WORD_BYTES
+    unit_at = 0
+    for tile in range(first, last):
+        if not CHAIN:
+            c = (none,) * (COLUMNS // 2)
+        following_state = load_global(
+            head + ((1 + units * RAW) * 128 + lane * 4).to(gl.uint64), inside * (tile + 1 < last).to(gl.uint32), 1
+        )[0]
+        head += ((1 + units * RAW) * 128 + 0 * lane).to(gl.uint64)
+        if WORD_RING:
+            opened = open_ring(word_buffer, words, offsets, tile + 0 * warp, tiles, lane, WORD_BYTES)
+            cursor = zero
+            begin_cursor = cursor
+            execute(tid, wait_text(0))
+        else:
+            begin_cursor = cursor
+            if units < STAGES:
+                # otherwise the words came with a raw plane that was waited for
+                execute(tid, wait_text(0))
+            else:
+                execute(tid, wait_text(STAGES - 1))
+        execute(tid, "bar.warp.sync 0xffffffff;")
+        if not WORD_RING:
+            stage_words(other, words, offsets, tile + 1 + 0 * warp, tiles, lane, WORD_BYTES)
+        for _ in range(0, gl.minimum(units, panel_units - tile * units)):
+            # into the stage of two units ago
+            ahead = unit_at + X_STAGES - 2
+            copy_stage(x_ring + x_give.to(gl.uint32), x_from, zero + ahead.to(gl.uint32),
+                       zero + give_parity.to(gl.uint32), first_thread * (ahead < left).to(gl.uint32),
+                       X_BYTES)  # fmt: skip
+            x_give += X_STRIDE
+            give_parity = gl.where(x_give == X_END, 1 - give_parity, give_parity)
+            x_give = gl.where(x_give == X_END, 0, x_give)
+            execute(tid, wait_text(STAGES - 2))
+            plane = load_raw(take, lane, one, RAW, True)
+            stage_raw(give, raw, lane, inside * (unit_at + STAGES - 1 < left).to(gl.uint32), RAW)
+            execute(tid, "cp.async.commit_group;")
+            raw += STAGE_BYTES
+            tile_left -= 1
+            raw += gl.where(tile_left == 0, 128, 0)
+            tile_left = gl.where(tile_left == 0, units, tile_left)
+            give = take
+            take += STAGE_BYTES
+            take = gl.where(take == ring + RING, ring, take)
+            descriptor = x_descriptor(x_ring + x_take.to(gl.uint32), COLUMNS)
+            if WORD_RING:
+                opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
+            state, cursor, carry, g0, h0 = half_operands(
+                state, cursor, base, below, factors, word_buffer, plane, zero, 0, CODED, RAW, PRECISION, WRAP, DTYPE
+            )
+            wait_barrier(x_ring + (x_take + X_BYTES).to(gl.uint32), zero + take_parity.to(gl.uint32))
+            c = begin_product(c, g0, h0, descriptor, COLUMNS, DTYPE)
+            wait_products(g1, h1, 1)
+            # the products of the unit before are over
+            before = gl.where(x_take == 0, X_END - X_STRIDE, x_take - X_STRIDE)
+            arrive(
+                x_ring + (before + X_BYTES + 8).to(gl.uint32), first_lane * gl.where(unit_at > 0, 1, 0).to(gl.uint32)
+            )
+            x_take += X_STRIDE
+            take_parity = gl.where(x_take == X_END, 1 - take_parity, take_parity)
+            x_take = gl.where(x_take == X_END, 0, x_take)
+            if WORD_RING:
+                opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
+            state, cursor, carry, g1, h1 = half_operands(
+                state, cursor, base, below, factors, word_buffer, plane, carry, 1, CODED, RAW, PRECISION, WRAP, DTYPE
+            )
+            c = begin_product(c, g1, h1, descriptor + 2 * (COLUMNS * 32 // 16), COLUMNS, DTYPE)
+            wait_products(g0, h0, 1)
+            unit_at += 1
+        if not CHAIN:
+            c = finish_products(c, COLUMNS)
+            if SPAN == 1:
+                total = c
+            else:
+                sums = ()
+                for i in gl.static_range(COLUMNS // 2):
+                    sums = sums + (gl.where(tile == first, c[i], total[i] + c[i]),)
+                total = sums
+        state = following_state
+        cursor = other
+        other = begin_cursor
+    if CHAIN:
+        total = finish_products(c, COLUMNS)
+    if OVERLAP:
+        execute(tid, "griddepcontrol.launch_dependents;")
+    n = (gl.program_id(0) * WARPS + warp) * 16 + (lane // 4).to(gl.int32)
+    m = gl.program_id(2) * COLUMNS + (lane % 4 * 2).to(gl.int32)
+    at = y + (gl.program_id(1).to(gl.int64) * M + m) * N + n
+    for h in gl.static_range(2):
+        row = n + 8 * h
+        if SPAN >= TILES:
+            factor = gl.load(scale + row * scale_stride, mask=row < N, other=0.0)
+            offset = gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32) if HAS_BIAS else none
+        for j in gl.static_range(COLUMNS // 8):
+            for e in gl.static_range(2):
+                value = total[4 * j + 2 * h + e]
+                if SPAN >= TILES:
+                    value = value * factor
+                    if HAS_BIAS:
+                        value += offset
+                on = (m + 8 * j + e < M) & (row < N)
+                gl.store(at + (8 * j + e) * N + 8 * h, value.to(y.dtype.element_ty), mask=on)
+    close_block(pieces, tid, WARPS)
+
+
+@gluon.jit
+def add_spans_kernel(
+    partial, scale, bias, y, M, N, scale_stride, SPANS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPS: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """y [M, N]: the spans' sums in ascending order, times the scale, plus the bias, for row program_id(1) of x."""
+    tid = gl.arange(0, 32 * WARPS, layout=thread_layout(WARPS))
+    n = gl.program_id(0) * (32 * WARPS) + tid
+    inside = n < N
+    factor = gl.load(scale + n * scale_stride, mask=inside, other=0.0)
+    at = partial + gl.program_id(1).to(gl.int64) * N + n
+    if OVERLAP:
+        execute(tid, "griddepcontrol.wait;")
+    total = gl.load(at, mask=inside, other=0.0)
+    for s in gl.static_range(1, SPANS):
+        total += gl.load(at + s * M.to(gl.int64) * N, mask=inside, other=0.0)
+    total *= factor
+    if HAS_BIAS:
+        total += gl.load(bias + n, mask=inside, other=0.0).to(gl.float32)
+    if OVERLAP:
+        execute(tid, "griddepcontrol.launch_dependents;")
+    gl.store(y + gl.program_id(1).to(gl.int64) * N + n, total.to(y.dtype.element_ty), mask=inside)
+
+
+def rans_linear_hopper(
+    x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None, launch: WideLaunch | None = None
+) -> Tensor:
+    """x [M, K] -> [M, N] in x's dtype: as `rans_linear_gluon`, to the bit unless the launch chains the tiles.
+
+    Args:
+        x: float16 or bfloat16.
+        weight: of one matrix.
+        scale: float32 [1, 1] or [N, 1].
+        bias: [N] or None.
+        launch: configuration; None takes the table's.
+    """
+    x = pad_columns(x)
+    layout, (m, k) = weight.layout, x.shape
+    n = layout.shape[0]
+    panels, tiles = layout.grid
+    launch = launch or choose_wide_launch(m)
+    columns, warps, stages, x_stages, registers, chain = launch
+    span = tiles if chain else span_tiles(n, tiles)
+    spans, blocks = -(-tiles // span), -(-m // columns)
+    coded, raw = layout.split.coded_bits, layout.split.raw_bits
+    word_bytes, ring = word_buffer_bytes(weight.word_rows)
+    words = (warps + 1 if ring else 2 * warps) * word_bytes
+    behind = warps * stages * 128 * raw + x_stages * (columns + 1) * 128 + 128
+    pieces = shared_pieces(weight.table.nbytes + words + max(behind, 0 if ring else weight.overrun_bytes))
+    arranged = torch.empty(blocks * columns, k, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(spans, m, n, dtype=torch.float32, device=x.device) if spans > 1 else y
+    factors, scale_stride = (scale, scale if bias is None else bias), int(scale.shape[0] > 1)
+    arrange_x_kernel[(-(-k // 128), blocks * (columns // 8))](
+        x, arranged, m, k, COLUMNS=columns, OVERLAP=True, num_warps=4, launch_pdl=True
+    )
+    rans_linear_hopper_kernel[(-(-panels // warps), spans, blocks)](
+        weight.heads, weight.words, weight.offsets, weight.table, *factors, arranged, out, m, n, panels,
+        layout.most_units, layout.panel_units, scale_stride, 4 * weight.table.shape[1], STATE_LOW,
+        TILES=tiles, SPAN=span, CHAIN=chain, CODED=coded, RAW=raw, PRECISION=layout.probability_bits, COLUMNS=columns,
+        HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages, X_STAGES=x_stages,
+        WORD_BYTES=word_bytes, WORD_RING=ring, OVERLAP=True,
+        SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, maxnreg=registers, launch_pdl=True,
+    )  # fmt: skip
+    if spans > 1:
+        add_spans_kernel[(-(-n // 128), m)](
+            out, *factors, y, m, n, scale_stride, SPANS=spans, HAS_BIAS=bias is not None, WARPS=4, OVERLAP=True,
+            num_warps=4, launch_pdl=True,
+        )  # fmt: skip
+    return y
