@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rans_kernels.dense import linear
 from rans_kernels.linear import CompressedLinear
 from rans_kernels.ops.rans_decode import DecodePlan
-from rans_kernels.ops.rans_linear.op import uses_fused_kernel
+from rans_kernels.ops.rans_linear.op import chain_launch, uses_fused_kernel
 
 ALIGNMENT = 256
 """Bytes that weights in a buffer are aligned to, as allocations are."""
@@ -38,7 +38,7 @@ class Slot:
 class DecodeAhead:
     """Two buffers and a side stream for the layers of a model, in the order of their use.
 
-    Another order is right too, but decodes in line. Not staged, and computed as ever: batches for the fused kernel,
+    Another order is right too, but decodes in line. Not staged, and computed as ever: batches for the fused kernels,
     layers with scales per group, inputs that need gradients, and what is compiled or captured in a CUDA graph.
     """
 
@@ -98,7 +98,10 @@ class DecodeAhead:
         capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         gradients = torch.is_grad_enabled() and x.requires_grad
         rows = x.numel() // max(1, x.shape[-1])
-        return not (capturing or gradients or uses_fused_kernel(rows, x.device, x.dtype))
+        decodes = not (
+            uses_fused_kernel(rows, x.device, x.dtype) or chain_launch(layer.layout, rows, x.device, x.dtype)
+        )
+        return decodes and not (capturing or gradients)
 
     def multiply(self, layer: CompressedLinear, x: Tensor) -> Tensor:
         """The layer's result; the next chunk is begun before.

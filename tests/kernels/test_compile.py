@@ -80,3 +80,38 @@ def test_warp_level_kernels_compile_without_a_gpu(capability):
                "rans_decode_kernel", "rans_decode_kernel", "rans_decode_many_kernel")  # fmt: skip
     # all of the shared memory is what the kernel asked for: the compiler adds none, the assembly may use it from 0
     assert result.stdout.split() == [word for name in kernels for word in (name, "32768", "True")], result.stderr
+
+
+COMPILE_WIDE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from rans_kernels.ops.rans_linear.hopper import add_spans_kernel, arrange_x_kernel, rans_linear_hopper_kernel
+
+tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "scale": "*fp32", "bias": "*bf16",
+           "x": "*bf16", "y": "*bf16", "out": "*bf16", "partial": "*fp32"}
+constants = {"CODED": 1, "RAW": 7, "PRECISION": 10, "COLUMNS": 64, "HAS_BIAS": True, "BFLOAT16": True, "WARPS": 4,
+             "STAGES": 3, "X_STAGES": 4, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "CHAIN": False,
+             "OVERLAP": True, "SPANS": 3, "SHARED0": 8192, "SHARED1": 4096, "SHARED2": 4096}
+compact = {"CODED": 8, "RAW": 0, "PRECISION": 12, "WORD_BYTES": 2048, "WORD_RING": True}
+chain = {"COLUMNS": 256, "CHAIN": True, "SPAN": 6, "SHARED0": 32768, "SHARED1": 4096}
+for kernel, others in ((rans_linear_hopper_kernel, {}), (rans_linear_hopper_kernel, compact),
+                       (rans_linear_hopper_kernel, chain), (arrange_x_kernel, {}), (add_spans_kernel, {})):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else tensors.get(n, "i32") for n in names}
+    used = {n: value for n, value in {**constants, **others}.items() if n in names}
+    source = GluonASTSource(kernel, signature, constexprs=used)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    asked = 4 * sum(used.get(f"SHARED{i}", 0) for i in range(3))
+    print(kernel.__name__, compiled.metadata.shared == asked, compiled.asm["ptx"].count("wgmma.mma_async"))
+"""
+
+
+def test_wide_kernels_compile_for_hopper_without_a_gpu():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, "-c", COMPILE_WIDE], env=environment, capture_output=True, text=True)
+    # four products a unit
+    wide = ["rans_linear_hopper_kernel", "True", "4"]
+    assert result.stdout.split() == [
+        *wide, *wide, *wide, "arrange_x_kernel", "True", "0", "add_spans_kernel", "True", "0"
+    ], result.stderr  # fmt: skip

@@ -259,3 +259,77 @@ def test_a_weight_on_another_gpu_than_the_current_one():
     y = rans_linear(x.to("cuda:1"), there, scale.to("cuda:1"), bias.to("cuda:1"))
     assert torch.equal(y.cpu(), expected.cpu())
     assert torch.equal(rans_decode(there).cpu(), w.cpu())
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+WIDE_CASES = [
+    # one panel and one unit; ragged; a span of several tiles; words through a ring; more panels than a block has
+    ((1, 64), Split(1, 4), 1, 17, False),
+    ((257, 63), Split(4, 3), 1, 33, True),
+    ((700, 1500), Split(1, 7), 3, 128, True),
+    ((8192, 1024), Split(1, 4), 2, 65, False),
+    ((130, 4096), Split(8, 0), 16, 64, True),
+    ((5000, 2048), Split(2, 4), 2, 100, False),
+]
+
+
+@hopper
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("shape", "split", "units", "rows", "bias"), WIDE_CASES, ids=str)
+def test_wide_product_is_the_dense_kernels_and_the_panel_kernels_to_the_bit(shape, split, units, rows, bias, dtype):
+    from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
+    from rans_kernels.ops.rans_linear.hopper import rans_linear_hopper
+
+    coded, w, x, scale, offset = case(shape, split, units, rows, dtype, bias)
+    # poison what the allocator hands out next
+    torch.full((1 << 22,), float("nan"), device="cuda")
+    y = rans_linear_hopper(x, coded, scale, offset)
+    assert relative_error(y, x, w, scale, offset) < tolerance(dtype)
+    assert torch.equal(y, int8_linear_tiled(x, w, scale, offset, units))
+    assert torch.equal(y, rans_linear_gluon(x, coded, scale, offset))
+    assert torch.equal(y, rans_linear(x, coded, scale, offset))
+
+
+@hopper
+@pytest.mark.parametrize(
+    "launch",
+    [(16, 4, 2, 3, None), (32, 8, 4, 3, 128), (64, 4, 3, 4, None), (128, 16, 4, 4, 128), (256, 8, 4, 3, None)],
+    ids=str,
+)
+def test_the_launch_changes_no_bit_of_a_wide_product(launch):
+    from rans_kernels.ops.launch import WideLaunch
+    from rans_kernels.ops.rans_linear.hopper import rans_linear_hopper
+
+    coded, w, x, scale, _ = case((1200, 4096), Split(1, 4), 4, 70, torch.float16)
+    expected = int8_linear_tiled(x, w, scale, None, 4)
+    if launch[0] < 256:
+        assert torch.equal(rans_linear_hopper(x, coded, scale, None, WideLaunch(*launch, False)), expected)
+    # all tiles in one chain: the same product in another order, whatever the launch
+    chained = rans_linear_hopper(x, coded, scale, None, WideLaunch(*launch, True))
+    assert relative_error(chained, x, w, scale) < tolerance(torch.float16)
+    assert torch.equal(chained, rans_linear_hopper(x, coded, scale, None, WideLaunch(64, 8, 4, 4, None, True)))
+
+
+@hopper
+def test_a_thousand_wide_launches_give_one_result():
+    coded, _, x, scale, _ = case((512, 4096), Split(1, 4), 8, 64, torch.float16)
+    expected = rans_linear(x, coded, scale)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        differing += (rans_linear(x, coded, scale) != expected).sum()
+    assert differing.item() == 0
+
+
+@hopper
+def test_damaged_words_leave_a_wide_product_inside_the_tensors():
+    coded, _, x, scale, _ = case((64, 1024), Split(4, 2), 4, 40, torch.float16)
+    states = torch.randint_like(coded.heads, -(2**31), 2**31 - 1)
+    words = torch.randint(-(2**15), 2**15, coded.words.shape, device="cuda").to(torch.int16)
+    damaged = CodedWeight(states, words, coded.offsets, coded.table, coded.layout, coded.word_rows)
+    rans_linear(x, damaged, scale)
+    torch.cuda.synchronize()
+    # nothing that is left over disturbs the next product
+    expected = rans_linear(x[:8], coded, scale)
+    assert torch.equal(rans_linear(x, coded, scale)[:8], expected)

@@ -21,6 +21,12 @@ def backend_of(device: torch.device) -> str:
     return "gluon" if nvidia and torch.cuda.get_device_capability(device) >= (8, 0) else "triton"
 
 
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """True for NVIDIA GPUs of compute capability 9, which multiply by warpgroups."""
+    return backend_of(device) == "gluon" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, which is where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

@@ -269,6 +269,8 @@ def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: i
         "PRECISION": layout.probability_bits, "COLUMN_BLOCKS": column_blocks, "WARPS": warps, "STAGES": stages,
         "WORD_BYTES": word_bytes, "WORD_RING": ring, "OVERLAP": overlap,
         "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps, "launch_pdl": overlap,
+        # with the many steps between two products the compiler takes more, which halves the warps: slower by a third
+        "maxnreg": 64 if ring and column_blocks == 1 else None,
     }  # fmt: skip
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rans_kernels.format import TileLayout
-from rans_kernels.ops.coded import CodedWeight, backend_of, on_device
-from rans_kernels.ops.rans_linear.op import rans_linear, uses_fused_kernel
+from rans_kernels.ops.coded import CodedWeight, on_device
+from rans_kernels.ops.rans_linear.op import rans_linear, uses_fused_kernel, uses_panel_kernel
 
 MOST = 3
 """Weights of one launch: query, key and value."""
@@ -60,7 +60,7 @@ def _rans_linear_grouped(
     # scales of one row are those of a tensor
     kinds = {(group_key(w.layout), scale.shape[0] > 1) for w, scale in zip(weights, scales, strict=True)}
     alike = len(kinds) == 1 and len({bias.dtype for bias in biases}) <= 1 and all(w.layout.tiles for w in weights)
-    fused = backend_of(x.device) == "gluon" and uses_fused_kernel(len(rows), x.device, x.dtype)
+    fused = uses_fused_kernel(len(rows), x.device, x.dtype) and uses_panel_kernel(len(rows), x.device)
     if alike and fused and 1 < len(weights) <= MOST:
         from rans_kernels.ops.rans_linear.gluon_grouped import rans_linear_grouped_gluon
 

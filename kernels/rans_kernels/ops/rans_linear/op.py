@@ -1,21 +1,48 @@
 """`rans_linear`: x @ W.T straight from the compressed W, as one operator that torch.compile does not look into."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from rans_kernels.ops.coded import CodedWeight, backend_of, on_device
+from rans_kernels.format import TileLayout
+from rans_kernels.ops.coded import CodedWeight, backend_of, is_hopper, on_device
 from rans_kernels.ops.rans_linear.naive import rans_linear_naive
 
+if TYPE_CHECKING:
+    from rans_kernels.ops.launch import WideLaunch
+
 FUSED_ROWS = {"gluon": 64, "triton": 16, "cpu": 0}
-"""Rows of x up to which a backend's fused kernel is used. Above it decodes into scratch and multiplies with the
-library: the two round differently, so a row's last bits may differ between the two regimes (docs/architecture.md)."""
+"""Rows of x up to which a backend's fused kernels give a row the same bits in any batch. Above, the weight is decoded
+into scratch and multiplied with the library, or its tiles are chained (`chain_launch`): these round differently, so a
+row's last bits may differ between the regimes (docs/architecture.md)."""
+HOPPER_ROWS = 128
+"""The same for Hopper, whose wide kernel takes more."""
+PANEL_ROWS = 16
+"""Rows of x up to which the panel kernel is the faster one on Hopper."""
 
 
 def uses_fused_kernel(rows: int, device: torch.device, dtype: torch.dtype, group_size: int | None = None) -> bool:
-    """True if `rans_linear` on so many rows runs a fused kernel."""
+    """True if `rans_linear` on so many rows runs a fused kernel in the order of the sums that all batches share."""
     backend = backend_of(device)
     fits = backend != "gluon" or (dtype != torch.float32 and group_size is None)
-    return fits and 0 < rows <= FUSED_ROWS[backend]
+    return fits and 0 < rows <= (HOPPER_ROWS if is_hopper(device) else FUSED_ROWS[backend])
+
+
+def uses_panel_kernel(rows: int, device: torch.device) -> bool:
+    """True if the fused kernel of so many rows is the one that computes a panel a block."""
+    return backend_of(device) == "gluon" and (rows <= PANEL_ROWS or not is_hopper(device))
+
+
+def chain_launch(
+    layout: TileLayout, rows: int, device: torch.device, dtype: torch.dtype, group_size: int | None = None
+) -> "WideLaunch | None":
+    """Launch of the fused kernel that chains the tiles, where `rans_linear` on so many rows uses it."""
+    if not is_hopper(device) or dtype == torch.float32 or group_size is not None:
+        return None
+    from rans_kernels.ops.launch import choose_chain_launch
+
+    return choose_chain_launch(device, layout.shape, layout.split.coded_bits, rows)
 
 
 def rans_linear(
@@ -51,8 +78,15 @@ def _rans_linear(
 ) -> Tensor:
     weight = CodedWeight.of(heads, words, offsets, table, numbers)
     rows = x.reshape(-1, x.shape[-1])
-    if not uses_fused_kernel(len(rows), x.device, x.dtype, group_size) or not weight.layout.tiles:
+    fused = uses_fused_kernel(len(rows), x.device, x.dtype, group_size)
+    chain = None if fused else chain_launch(weight.layout, len(rows), x.device, x.dtype, group_size)
+    if not weight.layout.tiles or not (fused or chain):
         y = rans_linear_naive(rows, weight, scale, bias, group_size)
+    elif chain or (is_hopper(x.device) and not uses_panel_kernel(len(rows), x.device)):
+        from rans_kernels.ops.rans_linear.hopper import rans_linear_hopper
+
+        with on_device(x):
+            y = rans_linear_hopper(rows, weight, scale, bias, chain)
     elif backend_of(x.device) == "gluon":
         from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
 
