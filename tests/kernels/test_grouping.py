@@ -80,6 +80,16 @@ def test_large_weights_on_a_gpu(rows, split):
 
 
 @pytest.mark.gpu
+def test_weights_whose_sums_have_other_spans():
+    from rans_kernels.ops.panel import span_tiles
+
+    weights = [coded_weight(rows, 8192, units=1, seed=rows) for rows in (128, 512)]
+    assert len({span_tiles(w.layout.shape[0], w.layout.grid[1]) for w in weights}) == 2
+    x = torch.randn(3, 8192, device=DEVICE, dtype=HALF)
+    assert agree(x, weights, scales_of(weights))
+
+
+@pytest.mark.gpu
 def test_in_a_cuda_graph():
     weights = [coded_weight(n, 512, seed=n) for n in (64, 32)]
     scales, x = scales_of(weights), torch.randn(2, 512, device=DEVICE, dtype=HALF)

@@ -78,28 +78,6 @@ def store_shared2(address, a, b):
 
 
 @gluon.constexpr_function
-def store_asm(n):
-    """Predicated vector store of n registers."""
-    values = ", ".join(f"${i}" for i in range(2, n + 2))
-    store = f"@p st.global.v{n}.u32 [$1], {{{values}}};"
-    return f"{{ .reg .pred p; setp.ne.u32 p, ${n + 2}, 0; {store} mov.u32 $0, 0; }}"
-
-
-@gluon.jit
-def store_global(pointer, values, on):
-    """Two or four 32-bit values at a global address (uint64), where `on` is not 0."""
-    if len(values) == 2:
-        gl.inline_asm_elementwise(
-            store_asm(2), "=r,l,r,r,r", [pointer, values[0], values[1], on], dtype=gl.uint32, is_pure=False, pack=1
-        )
-    else:
-        gl.inline_asm_elementwise(
-            store_asm(4), "=r,l,r,r,r,r,r", [pointer, values[0], values[1], values[2], values[3], on],
-            dtype=gl.uint32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.constexpr_function
 def copy_asm(size):
     """cp.async of 4, 8 or 16 bytes, predicated; only 16 bytes can pass the L1 by."""
     cache = "cg" if size == 16 else "ca"
