@@ -3,7 +3,8 @@
 A weight matrix [N, K] of integers is cut into *tiles* of 16 rows x `units` * 64 columns, one for each warp of 32 lanes.
 A *unit* is 16 rows x 64 columns; a lane's 32 weights of it are the A operands of four m16n8k16 MMAs. A weight has
 `coded_bits` (C) coded and `raw_bits` (R) verbatim bits; a symbol, one byte, holds the coded bits of 8 / C weights. Each
-lane has a rANS state of 32 bits; the lanes of a tile share one stream of 16-bit words.
+lane has a rANS state of 32 bits; the lanes of a tile share one stream of 16-bit words. Of 16-bit floats the high byte
+is coded so, and the low byte stored beside the raw bits: nothing is lost.
 """
 
 import zlib
@@ -24,6 +25,11 @@ STATE_LOW = 1 << 16
 ROW_WORDS = 8
 """Words are counted in rows of 8, 16 bytes, the most that one instruction copies to shared memory."""
 CODED_BITS = (8, 4, 2, 1)
+FLOATS = {"bfloat16": 0x80, "float16": 0x7C}
+"""16-bit floats, and the high byte, without its sign, from which on they are not finite even if the low byte is 0."""
+DTYPES = ("int8", *FLOATS)
+LOW_ROWS = 8
+"""Head rows of a unit that hold the low bytes of its floats."""
 PROBABILITY_BITS = (10, 11, 12)
 
 
@@ -35,7 +41,7 @@ class FormatError(ValueError):
 class Split:
     """How a weight divides into coded and raw bits.
 
-    C = 1 with T = 2^(R-1): the coded bit says that w lies outside [-T, T); raw = w + T inside, w mod 2T outside.
+    Of floats u is what `float_codes` makes of the high byte, and C is not 1. Of integers: C = 1 with T = 2^(R-1): the coded bit says that w lies outside [-T, T); raw = w + T inside, w mod 2T outside.
     Otherwise u = w + 2^(C+R-1), coded = u >> R, raw = u mod 2^R.
     """
 
@@ -87,12 +93,16 @@ class TileLayout:
         split: coded and raw bits.
         units: of a tile, along K; the last tile of a panel (16 rows) may have fewer.
         probability_bits: frequencies of the table add up to 2 ** probability_bits.
+        dtype: of the weights: int8, bfloat16 or float16.
+        base: of floats, what the high byte, without its sign, is counted from; not above any weight's.
     """
 
     shape: tuple[int, int]
     split: Split
     units: int = 8
     probability_bits: int = 12
+    dtype: str = "int8"
+    base: int = 0
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 0:
@@ -101,6 +111,15 @@ class TileLayout:
             raise FormatError(f"units is {self.units}; a tile has at least 1")
         if self.probability_bits not in PROBABILITY_BITS:
             raise FormatError(f"probability_bits is {self.probability_bits}; it is one of {PROBABILITY_BITS}")
+        if self.dtype not in DTYPES or not 0 <= self.base <= (127 if self.is_float else 0):
+            raise FormatError(f"no weights of dtype {self.dtype!r} with base {self.base}: dtype is one of {DTYPES}")
+        if self.is_float and self.split.coded_bits == 1:
+            raise FormatError(f"{self.dtype} weights have no split {self.split}: coded_bits is 8, 4 or 2")
+
+    @property
+    def is_float(self) -> bool:
+        """True if weights are 16-bit floats, stored without loss."""
+        return self.dtype in FLOATS
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -132,9 +151,14 @@ class TileLayout:
         return LANE_WEIGHTS // self.split.symbol_weights
 
     @property
+    def unit_rows(self) -> int:
+        """Head rows of a unit: its raw plane, then the low bytes of floats."""
+        return self.split.raw_bits + (LOW_ROWS if self.is_float else 0)
+
+    @property
     def panel_rows(self) -> int:
         """Head rows of a panel."""
-        return self.grid[1] + self.panel_units * self.split.raw_bits
+        return self.grid[1] + self.panel_units * self.unit_rows
 
     @property
     def head_rows(self) -> int:
@@ -142,9 +166,28 @@ class TileLayout:
         return self.grid[0] * self.panel_rows
 
     def head_row(self, tile: int) -> int:
-        """First row of a tile's head: one row of states, then `raw_bits` rows a unit."""
+        """First row of a tile's head: one row of states, then `unit_rows` rows a unit."""
         panel, across = divmod(tile, self.grid[1])
-        return panel * self.panel_rows + across * (1 + self.units * self.split.raw_bits)
+        return panel * self.panel_rows + across * (1 + self.units * self.unit_rows)
+
+    def low_rows(self) -> NDArray[np.int64]:
+        """Rows of the low bytes of every unit, counted from the first head row of its panel: [panel_units, 8]."""
+        across, unit = np.divmod(np.arange(self.panel_units), self.units)
+        first = across * (1 + self.units * self.unit_rows) + 1 + unit * self.unit_rows + self.split.raw_bits
+        return first[:, None] + np.arange(LOW_ROWS)
+
+    def float_codes(self) -> NDArray[np.uint8]:
+        """The code u for every high byte of a float, [256]; of those that the split does not hold, anything.
+
+        u = (byte without its sign - base) << 1 | sign; coded = u >> R, raw = u mod 2^R. The tensor's signs, if R > 0
+        the lowest raw bits, stand one byte further in each quad: a kernel's one rotation puts them on top of theirs.
+        """
+        byte = np.arange(256)
+        return ((byte % 128 - self.base) << 1 | byte >> 7).astype(np.uint8)
+
+    def holds_floats(self, smallest: int, largest: int) -> bool:
+        """True if floats can be coded whose high bytes, without their signs, are in [smallest, largest]."""
+        return self.base <= smallest and largest - self.base < -self.split.low
 
     def check(self, head_rows: int, word_rows: int, offsets: NDArray[np.integer], freqs: NDArray[np.integer]) -> None:
         """Check everything a decoder relies on to stay inside heads and words.
@@ -175,7 +218,8 @@ class TileLayout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        return {
+        floats = {"dtype": self.dtype, "base": self.base} if self.is_float else {}
+        return floats | {
             "shape": list(self.shape),
             "coded_bits": self.split.coded_bits,
             "raw_bits": self.split.raw_bits,
@@ -193,7 +237,9 @@ class TileLayout:
         try:
             n, k = (int(size) for size in data["shape"])
             split = Split(int(data["coded_bits"]), int(data["raw_bits"]))
-            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]))
+            dtype = str(data.get("dtype", "int8"))
+            base = 0 if dtype == "int8" else int(data["base"])
+            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]), dtype, base)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise

@@ -45,7 +45,11 @@ def choose_split(counts: NDArray[np.int64], profile: str) -> Split:
     """
     present = np.flatnonzero(counts) - 128
     low, high = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
-    bits = {split: split_bits(counts, split) for split in SPLITS if split.holds(low, high)}
+    return _best_split({split: split_bits(counts, split) for split in SPLITS if split.holds(low, high)}, profile)
+
+
+def _best_split(bits: dict[Split, float], profile: str) -> Split:
+    """The split for a profile, from the bits a weight that each would cost."""
     fewest = min(bits.values())
     if profile == "compact":
         # of splits that cost the same, one that decodes more weights a look-up
@@ -93,3 +97,29 @@ def choose_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: st
     """
     split = choose_split(counts, profile)
     return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split))
+
+
+def choose_float_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str, dtype: str) -> TileLayout:
+    """Everything about how a layer of 16-bit floats is coded; profiles as for integers.
+
+    Args:
+        counts: histogram of the high bytes, [256].
+        shape: (N, K) of the weight.
+        profile: compact, fast or auto.
+        dtype: bfloat16 or float16.
+    """
+    present = np.flatnonzero(counts.reshape(2, 128).any(0))
+    low, high = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
+    units, layouts, bits = choose_units(shape, profile), {}, {}
+    for split in SPLITS:
+        if split.coded_bits == 1:
+            continue
+        for base in range(low + 1):
+            layout = TileLayout(shape, split, units, choose_probability_bits(split), dtype, base)
+            if layout.holds_floats(low, high):
+                coded = layout.float_codes() >> split.raw_bits
+                # a row a unit is a bit a weight; to a hundredth, as splits closer than that differ by their tables
+                size = round(entropy(np.bincount(coded, weights=counts)) + layout.unit_rows, 2)
+                if split not in bits or size < bits[split]:
+                    bits[split], layouts[split] = size, layout
+    return layouts[_best_split(bits, profile)]
