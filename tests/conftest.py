@@ -73,7 +73,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             made[key] = folder = tmp_path_factory.mktemp("llama") / "model"
             torch.manual_seed(0)
-            LlamaForCausalLM(LlamaConfig(**(values | changes))).save_pretrained(folder)
+            model = LlamaForCausalLM(LlamaConfig(**(values | changes)))
+            model.to(getattr(torch, changes.get("dtype", "float32"))).save_pretrained(folder)
             PreTrainedTokenizerFast(tokenizer_object=train_bpe(TEXT, [EOS]), eos_token=EOS).save_pretrained(folder)
         return made[key]
 

@@ -83,7 +83,9 @@ def test_what_stands_around_the_matrix_is_finite(dtype):
     w[0, :5] = 0x3C00
     layout = choose_float_layout(byte_histogram(high_bytes(w)), w.shape, "auto", dtype)
     e = encode_tiles(w, layout)
-    whole = TileLayout((16, 128), *(getattr(layout, f) for f in ("split", "units", "probability_bits", "dtype", "base")))
+    whole = TileLayout(
+        (16, 128), *(getattr(layout, f) for f in ("split", "units", "probability_bits", "dtype", "base"))
+    )
     around = decode_tiles(whole, e.heads, e.words, e.offsets, e.freqs)
     assert np.array_equal(around[:3, :70], w)
     expected = {"bfloat16": 0x7F00, "float16": 0x3C00}[dtype]

@@ -53,11 +53,13 @@ def entropy(counts: NDArray[np.integer]) -> float:
 
 def byte_histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Occurrences of every byte: [256]."""
-    counts = np.zeros(256, np.int64)
-    # bincount makes an int64 copy: keep it small
-    for block in np.array_split(values.reshape(-1), max(1, values.size >> 22)):
-        counts += np.bincount(block, minlength=256)
-    return counts
+    values = values.reshape(-1)
+    # in pairs, which halves the work; bincount makes an int64 copy: keep it small
+    pairs, counts = values[: values.size // 2 * 2].view(np.uint16), np.zeros(1 << 16, np.int64)
+    for block in np.array_split(pairs, max(1, pairs.size >> 20)):
+        counts += np.bincount(block, minlength=1 << 16)
+    square = counts.reshape(256, 256)
+    return square.sum(0) + square.sum(1) + np.bincount(values[pairs.size * 2 :], minlength=256)
 
 
 def weight_histogram(weights: NDArray[np.int8]) -> NDArray[np.int64]:

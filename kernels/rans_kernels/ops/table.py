@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rans_kernels.format import Split
+from rans_kernels.format import TileLayout
 
 
 def slot_table(freqs: Tensor) -> Tensor:
@@ -24,29 +24,39 @@ def slot_table(freqs: Tensor) -> Tensor:
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
 
 
-def warp_table(freqs: Tensor, split: Split) -> Tensor:
+def high_byte(u: Tensor, layout: TileLayout) -> Tensor:
+    """High byte of the float that a code stands for (`TileLayout.float_codes`)."""
+    return (layout.base + (u >> 1)) & 0x7F | (u & 1) << 7
+
+
+def warp_table(freqs: Tensor, layout: TileLayout) -> Tensor:
     """What a rANS step of the warp-level kernels needs of every slot, coded bits where a weight has them.
 
     Args:
         freqs: int16 [256], adding up to 2 ** probability_bits.
-        split: says where coded bits go.
+        layout: its split says where coded bits go, its dtype and base what they stand for.
 
     Returns:
         int32 [slots, 2]: frequency << 16 | offset in the symbol, and the coded bits in the bytes of their weights
-        (C = 1: of weights 4 to 7 one bit higher). For coded_bits 8 int32 [slots, 1]: frequency << 20 | offset << 8 |
-        symbol.
+        (C = 1: of weights 4 to 7 one bit higher; floats: as high bytes, to which low bits and sign are yet to be
+        added). For coded_bits 8 int32 [slots, 1]: frequency << 20 | offset << 8 | the weight's byte.
     """
+    split = layout.split
     freq = freqs.to(torch.int64)
     symbol = torch.repeat_interleave(torch.arange(256, device=freqs.device), freq)
     start = freq.cumsum(0) - freq
     offset = torch.arange(len(symbol), device=freqs.device) - start[symbol]
     if split.coded_bits == 8:
+        byte = high_byte(symbol, layout) if layout.is_float else symbol
         # a frequency of 2 ** 12 overflows to 0: it is that of the only symbol, which any state finds
-        entries = [(freq[symbol] & 0xFFF) << 20 | offset << 8 | symbol]
+        entries = [(freq[symbol] & 0xFFF) << 20 | offset << 8 | byte]
     else:
         place = torch.zeros_like(symbol)
         for weight in range(split.symbol_weights):
             coded = symbol >> (weight * split.coded_bits) & ((1 << split.coded_bits) - 1)
+            if layout.is_float:
+                place |= high_byte(coded << split.raw_bits, layout) << 8 * weight
+                continue
             bit = (
                 8 * weight + split.raw_bits
                 if split.coded_bits > 1

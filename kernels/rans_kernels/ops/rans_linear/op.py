@@ -11,10 +11,20 @@ FUSED_ROWS = {"gluon": 64, "triton": 16, "cpu": 0}
 library: the two round differently, so a row's last bits may differ between the two regimes (docs/architecture.md)."""
 
 
-def uses_fused_kernel(rows: int, device: torch.device, dtype: torch.dtype, group_size: int | None = None) -> bool:
-    """True if `rans_linear` on so many rows runs a fused kernel."""
+def uses_fused_kernel(
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    group_size: int | None = None,
+    weight_dtype: torch.dtype = torch.int8,
+) -> bool:
+    """True if `rans_linear` on so many rows of `dtype` runs a fused kernel."""
     backend = backend_of(device)
-    fits = backend != "gluon" or (dtype != torch.float32 and group_size is None)
+    if weight_dtype != torch.int8:
+        # tensor cores multiply floats of one dtype
+        fits = backend == "gluon" and dtype == weight_dtype
+    else:
+        fits = backend != "gluon" or (dtype != torch.float32 and group_size is None)
     return fits and 0 < rows <= FUSED_ROWS[backend]
 
 
@@ -26,7 +36,7 @@ def rans_linear(
     Args:
         x: [..., K], float32, float16 or bfloat16.
         weight: of one matrix.
-        scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)].
+        scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)]; that of floats is 1.
         bias: [N] or None.
         group_size: columns that share a scale; None unless per group.
 
@@ -51,7 +61,8 @@ def _rans_linear(
 ) -> Tensor:
     weight = CodedWeight.of(heads, words, offsets, table, numbers)
     rows = x.reshape(-1, x.shape[-1])
-    if not uses_fused_kernel(len(rows), x.device, x.dtype, group_size) or not weight.layout.tiles:
+    fused = uses_fused_kernel(len(rows), x.device, x.dtype, group_size, weight.dtype)
+    if not fused or not weight.layout.tiles:
         y = rans_linear_naive(rows, weight, scale, bias, group_size)
     elif backend_of(x.device) == "gluon":
         from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
