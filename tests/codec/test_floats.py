@@ -1,5 +1,7 @@
 """16-bit floats come back to the bit: every pattern, shape and split, by the compiled decoder and by the reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -122,7 +124,7 @@ def test_planning_prefers_the_base_that_costs_least():
     exponents = np.flatnonzero(counts.reshape(2, 128).any(0))
 
     def size(base):
-        changed = TileLayout(w.shape, layout.split, layout.units, layout.probability_bits, "bfloat16", base)
+        changed = replace(layout, base=base)
         return encode_tiles(w, changed).nbytes if changed.holds_floats(exponents[0], exponents[-1]) else w.nbytes
 
     assert size(layout.base) < 1.001 * min(size(base) for base in range(exponents[-1] + 1))

@@ -18,6 +18,7 @@ from qat.export import export
 
 PLAIN = QuantConfig(enabled=False)
 HALVES = ("bfloat16", "float16")
+MODELS = [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
 
 
 def run(source, output, **changes):
@@ -37,9 +38,7 @@ def compressed_names(model):
 
 @pytest.mark.parametrize("profile", Profile)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}], ids=str
-)
+@pytest.mark.parametrize("changes", MODELS, ids=str)
 def test_a_whole_model_computes_what_it_did(changes, dtype, profile, tiny_llama, tmp_path):
     source = tiny_llama(dtype=dtype, **changes)
     folder = run(source, tmp_path / "out", quant=PLAIN, lossless=Lossless.all, profile=profile)

@@ -55,9 +55,7 @@ class EncodedTensor:
         return self.heads.nbytes + self.words.nbytes + self.offsets.nbytes + self.freqs.nbytes
 
 
-def encode_tiles(
-    weights: NDArray[np.int8] | NDArray[np.uint16], layout: TileLayout, workers: int | None = None
-) -> EncodedTensor:
+def encode_tiles(weights: NDArray[np.integer], layout: TileLayout, workers: int | None = None) -> EncodedTensor:
     """Encode a weight matrix.
 
     Args:
@@ -71,7 +69,7 @@ def encode_tiles(
     expected = np.dtype(np.uint16 if layout.is_float else np.int8)
     if weights.dtype != expected or weights.shape != layout.shape:
         raise FormatError(f"expected {expected} weights of shape {layout.shape}, got {weights.dtype} {weights.shape}")
-    encoder = _FloatEncoder(weights, layout) if layout.is_float else _IntegerEncoder(weights, layout)
+    encoder = (_FloatEncoder if layout.is_float else _IntegerEncoder)(weights, layout)
     step = max(1, RUN_UNITS // layout.units)
     runs = [range(t, min(t + step, layout.tiles)) for t in range(0, layout.tiles, step)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -89,7 +87,7 @@ def encode_tiles(
 class _Encoder:
     """A matrix of bytes, the heads of its tiles, and look-up tables in the form the compiled loops take."""
 
-    def __init__(self, weights: NDArray[np.int8], layout: TileLayout, codes: NDArray[np.uint8], outside: int):
+    def __init__(self, weights: NDArray[np.integer], layout: TileLayout, codes: NDArray[np.uint8], outside: int):
         """Args: weights: or high bytes. codes: of every byte. outside: the byte that stands around the matrix."""
         self.weights, self.layout = weights, layout
         self.units = layout.most_units
@@ -129,7 +127,7 @@ class _Encoder:
 
 
 class _IntegerEncoder(_Encoder):
-    def __init__(self, weights: NDArray[np.int8], layout: TileLayout):
+    def __init__(self, weights: NDArray[np.integer], layout: TileLayout):
         split = layout.split
         if weights.size and not split.holds(int(weights.min()), int(weights.max())):
             raise FormatError(
@@ -143,7 +141,7 @@ class _IntegerEncoder(_Encoder):
 
 
 class _FloatEncoder(_Encoder):
-    def __init__(self, bits: NDArray[np.uint16], layout: TileLayout):
+    def __init__(self, bits: NDArray[np.integer], layout: TileLayout):
         self.bits, high = bits, high_bytes(bits)
         counts = byte_histogram(high)
         exponents = np.flatnonzero(counts.reshape(2, 128).any(0))

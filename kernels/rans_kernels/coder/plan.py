@@ -110,7 +110,9 @@ def choose_float_layout(counts: NDArray[np.int64], shape: tuple[int, int], profi
     """
     present = np.flatnonzero(counts.reshape(2, 128).any(0))
     low, high = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
-    units, layouts, bits = choose_units(shape, profile), {}, {}
+    units = choose_units(shape, profile)
+    layouts: dict[Split, TileLayout] = {}
+    bits: dict[Split, float] = {}
     for split in SPLITS:
         if split.coded_bits == 1:
             continue

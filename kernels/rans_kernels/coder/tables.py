@@ -67,6 +67,6 @@ def weight_histogram(weights: NDArray[np.int8]) -> NDArray[np.int64]:
     return np.roll(byte_histogram(weights.reshape(-1).view(np.uint8)), 128)
 
 
-def high_bytes(bits: NDArray[np.uint16]) -> NDArray[np.uint8]:
+def high_bytes(bits: NDArray[np.integer]) -> NDArray[np.uint8]:
     """The high byte of every 16-bit float: uint8 [N, K]."""
     return np.ascontiguousarray(np.ascontiguousarray(bits).view(np.uint8).reshape(*bits.shape, 2)[..., 1])
