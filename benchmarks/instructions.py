@@ -23,16 +23,18 @@ from qat.report import environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = (Split(1, 3), Split(1, 4), Split(1, 5), Split(1, 7), Split(2, 4), Split(4, 3), Split(8, 0))
+FLOAT_SPLITS = (Split(2, 3), Split(4, 1), Split(4, 3), Split(8, 0))
 ALU = {"BMSK", "IADD3", "ISETP", "LEA", "LOP3", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIMNMX", "VOTE"}
 POINTERS = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "scale": "*fp32", "bias": "*fp16"}
 
 
-def compile_kernel(split: Split, stages: int, capability: int) -> bytes:
-    """The fused kernel's machine code for one row of x in float16."""
+def compile_kernel(split: Split, stages: int, capability: int, is_float: bool = False) -> bytes:
+    """The fused kernel's machine code for one row of x in float16, and integers or float16 weights."""
     constants = {
         "TILES": 4, "CODED": split.coded_bits, "RAW": split.raw_bits, "PRECISION": 12 if split.coded_bits == 8 else 10,
         "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False, "WARPS": 4, "STAGES": stages, "WORD_BYTES": 512,
         "OVERLAP": capability >= 90, "SHARED0": 4096, "SHARED1": 4096, "SHARED2": 4096,
+        "FLOAT": is_float, "RAGGED": False,
     }  # fmt: skip
     types = {**POINTERS, "x": "*fp16", "y": "*fp16"}
     names = rans_linear_kernel.arg_names
@@ -80,14 +82,15 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for split in SPLITS:
+    kinds = [*((split, False) for split in SPLITS), *((split, True) for split in FLOAT_SPLITS)]
+    for split, is_float in kinds:
         for stages in (1, 3):
-            body = inner_loop(disassemble(compile_kernel(split, stages, args.capability)))
+            body = inner_loop(disassemble(compile_kernel(split, stages, args.capability, is_float)))
             counts = Counter(op.split(".")[0] for op in body)
             alu = sum(counts[op] for op in ALU)
             rows.append(
                 {
-                    "split": str(split), "stages": stages, "instructions": len(body), "alu": alu,
+                    "weights": "float" if is_float else "int8", "split": str(split), "stages": stages, "instructions": len(body), "alu": alu,
                     "per_weight": round(len(body) / LANE_WEIGHTS, 3), "alu_per_weight": round(alu / LANE_WEIGHTS, 3),
                 }
             )  # fmt: skip

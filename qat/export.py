@@ -1,7 +1,8 @@
 """Export: weights of a trained or plain checkpoint, coded tile by tile into a Hugging Face folder.
 
-Works layer by layer: a weight is read (memory-mapped), rounded to integers or taken as it is, coded, decoded again and compared, and handed to the
-writer, so that memory holds one layer and one shard. The folder appears under its name only when complete.
+Works layer by layer: a weight is read (memory-mapped), rounded to integers or taken as it is, coded, decoded again
+and compared, and handed to the writer, so that memory holds one layer and one shard. The folder appears under its
+name only when complete.
 """
 
 import shutil

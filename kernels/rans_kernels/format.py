@@ -41,8 +41,9 @@ class FormatError(ValueError):
 class Split:
     """How a weight divides into coded and raw bits.
 
-    Of floats u is what `float_codes` makes of the high byte, and C is not 1. Of integers: C = 1 with T = 2^(R-1): the coded bit says that w lies outside [-T, T); raw = w + T inside, w mod 2T outside.
-    Otherwise u = w + 2^(C+R-1), coded = u >> R, raw = u mod 2^R.
+    C = 1 with T = 2^(R-1): the coded bit says that w lies outside [-T, T); raw = w + T inside, w mod 2T outside.
+    Otherwise u = w + 2^(C+R-1), coded = u >> R, raw = u mod 2^R. Floats have a u of their own
+    (`TileLayout.float_codes`).
     """
 
     coded_bits: int
@@ -179,8 +180,8 @@ class TileLayout:
     def float_codes(self) -> NDArray[np.uint8]:
         """The code u for every high byte of a float, [256]; of those that the split does not hold, anything.
 
-        u = (byte without its sign - base) << 1 | sign; coded = u >> R, raw = u mod 2^R. The tensor's signs, if R > 0
-        the lowest raw bits, stand one byte further in each quad: a kernel's one rotation puts them on top of theirs.
+        u = (byte without its sign - base) << 1 | sign; coded = u >> R, raw = u mod 2^R. If R > 0 the sign is the lowest
+        raw bit, and is stored one weight later in each quad: one rotation of a word then puts it on top of its byte.
         """
         byte = np.arange(256)
         return ((byte % 128 - self.base) << 1 | byte >> 7).astype(np.uint8)

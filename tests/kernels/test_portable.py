@@ -130,6 +130,26 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(group_size):
         assert torch.equal(multiply(x[begin:end], coded, scale, group_size), y[begin:end])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "split", [Split(8, 0), Split(4, 0), Split(4, 1), Split(4, 3), Split(2, 3), Split(2, 5)], ids=str
+)
+def test_decode_kernel_equals_the_floats(split, dtype):
+    rng = np.random.default_rng(0)
+    q = np.minimum(rng.geometric(0.4, (33, 200)) - 1, -split.low - 1)
+    high = np.minimum(q + 20, 127) << 8 | rng.integers(0, 2, q.shape) << 15
+    w = (high | rng.integers(0, 256, q.shape)).astype(np.uint16)
+    layout = TileLayout(w.shape, split, 2, 12, str(dtype).removeprefix("torch."), 20)
+    e = encode_tiles(w, layout)
+    heads, words, offsets, freqs = (torch.from_numpy(a).to(DEVICE) for a in (e.heads, e.words, e.offsets, e.freqs))
+    decoded = rans_decode_triton(heads, words, offsets, slot_table(freqs), layout)
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded.cpu().view(torch.int16), torch.from_numpy(w).view(torch.int16))
+    assert torch.equal(
+        rans_decode_naive(heads, words, offsets, freqs, layout).view(torch.int16), decoded.cpu().view(torch.int16)
+    )
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     SHAPE = (573, 1801)

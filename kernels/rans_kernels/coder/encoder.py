@@ -118,7 +118,8 @@ class _Encoder:
         sizes = np.empty(len(run), np.int64)
         rows = _encode_run(  # type: ignore[call-arg]
             *self._run(run), *self.pieces, f, cumulative(freqs)[:256], 1 / np.maximum(f, 1), layout.probability_bits,
-            most, head_rows, layout.unit_rows, layout.is_float, self.heads.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1), sizes,
+            most, head_rows, layout.unit_rows, layout.is_float,
+            self.heads.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1), sizes,
         )  # fmt: skip
         return out[:rows].copy(), sizes
 

@@ -25,14 +25,16 @@ from rans_kernels.ops.simt import (
 from rans_kernels.ops.warp import (
     codes,
     entry_words,
-    load_raw,
+    join_bytes,
+    load_unit,
     next_word,
     raw_bits,
     scaled,
     signed,
-    stage_raw,
     stage_table,
+    stage_unit,
     stage_words,
+    unit_bytes,
 )
 
 
@@ -42,20 +44,23 @@ def rans_decode_kernel(
     word_base,
     CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
     WORD_BYTES: gl.constexpr, SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+    FLOAT: gl.constexpr = False,
 ):  # fmt: skip
     """Write tiles program_id(0) * WARPS ... of `out` [N, K]; K a multiple of 8. `total`: tiles of the matrix.
 
-    `out` is int8, or float16 or bfloat16 and then weight * scale in float32, rounded once.
+    `out` is int8, or float16 or bfloat16 and then weight * scale in float32, rounded once; FLOAT weights as they are.
     """
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
-    STAGE_BYTES: gl.constexpr = 128 * RAW
+    STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
+    LOW: gl.constexpr = max(1, RAW)
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     cursor = base + TABLE_BYTES + (warp * WORD_BYTES).to(gl.uint32)
     ring = base + TABLE_BYTES + WARPS * WORD_BYTES + (warp * (STAGES * STAGE_BYTES)).to(gl.uint32)
     tile = gl.program_id(0) * WARPS + warp
     panel, across = tile // tiles, tile % tiles
     left = gl.where(tile < total, gl.minimum(panel_units - across * units, units), 0)
-    head_row = panel.to(gl.int64) * (tiles + panel_units * RAW) + across * (1 + units * RAW)
+    ROWS: gl.constexpr = STAGE_BYTES // 128
+    head_row = panel.to(gl.int64) * (tiles + panel_units * ROWS) + across * (1 + units * ROWS)
     head = (heads + head_row * 32).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     stage_table(base, table, tid, TABLE_BYTES, WARPS)
@@ -63,7 +68,7 @@ def rans_decode_kernel(
     execute(tid, "cp.async.commit_group;")
     raw = head + 128
     for s in gl.static_range(STAGES - 1):
-        stage_raw(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW)
+        stage_unit(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW, FLOAT)
         execute(tid, "cp.async.commit_group;")
     execute(tid, wait_text(STAGES - 1))
     block_barrier()
@@ -75,7 +80,7 @@ def rans_decode_kernel(
     SIZE: gl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
     to = (out + row.to(gl.int64) * K + column).to(gl.uint64)
     lower = (gl.full_like(lane, 8 * SIZE) * K).to(gl.uint64)
-    if SIZE == 2:
+    if SIZE == 2 and not FLOAT:
         DTYPE: gl.constexpr = "bf16" if out.dtype.element_ty == gl.bfloat16 else "f16"
         upper_scale = gl.load(scale + row * scale_stride, mask=row < N, other=0.0)
         lower_scale = gl.load(scale + (row + 8) * scale_stride, mask=row + 8 < N, other=0.0)
@@ -84,8 +89,8 @@ def rans_decode_kernel(
     carry = state
     for unit in range(0, units):
         execute(tid, wait_text(STAGES - 2))
-        plane = load_raw(take, lane, one, RAW, True)
-        stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW)
+        plane = load_unit(take, lane, one, RAW, FLOAT, True)
+        stage_unit(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW, FLOAT)
         execute(tid, "cp.async.commit_group;")
         give = take
         take += STAGE_BYTES
@@ -96,13 +101,17 @@ def rans_decode_kernel(
             state, cursor, coded, carry = next_word(
                 state, cursor, base, below, factors, j, carry, CODED, RAW, PRECISION
             )
-            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
+            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
         for h in gl.static_range(2):
             inside = (unit < left) & (column + 32 * h < K)
             upper_on = (inside & (row < N)).to(gl.uint32)
             lower_on = (inside & (row + 8 < N)).to(gl.uint32)
             at = to + 32 * SIZE * h
-            if SIZE == 1:
+            if FLOAT:
+                low = plane[LOW + 4 * h : LOW + 4 * h + 4]
+                store_global(at, join_bytes(u[4 * h], low[0]) + join_bytes(u[4 * h + 1], low[1]), upper_on)
+                store_global(at + lower, join_bytes(u[4 * h + 2], low[2]) + join_bytes(u[4 * h + 3], low[3]), lower_on)
+            elif SIZE == 1:
                 store_global(at, (signed(u[4 * h], CODED, RAW), signed(u[4 * h + 1], CODED, RAW)), upper_on)
                 store_global(at + lower, (signed(u[4 * h + 2], CODED, RAW), signed(u[4 * h + 3], CODED, RAW)), lower_on)
             else:
@@ -118,12 +127,12 @@ def rans_decode_kernel(
 def rans_decode_gluon(
     weight: CodedWeight, scale: Tensor | None = None, dtype: torch.dtype = torch.int8, warps: int = 4, stages: int = 3
 ) -> Tensor:
-    """Decode to [N, K]: the integers, or times the scale in float16 or bfloat16.
+    """Decode to [N, K]: the integers, or times the scale in float16 or bfloat16; or the floats that were coded.
 
     Args:
         weight: of one matrix.
-        scale: float32 [1, 1] or [N, 1]; needed unless dtype is int8.
-        dtype: int8, float16 or bfloat16.
+        scale: float32 [1, 1] or [N, 1]; needed for integers unless dtype is int8.
+        dtype: int8, float16 or bfloat16; for floats their own.
         warps: of a block.
         stages: of the ring that raw bits pass through.
     """
@@ -132,7 +141,11 @@ def rans_decode_gluon(
     word_bytes = word_buffer_bytes(weight.word_rows)
 
     def shared_bytes(warps: int) -> int:
-        return weight.table.nbytes + warps * word_bytes + max(warps * stages * 128 * raw, weight.overrun_bytes)
+        return (
+            weight.table.nbytes
+            + warps * word_bytes
+            + max(warps * stages * 128 * layout.unit_rows, weight.overrun_bytes)
+        )
 
     warps = fit_shared(weight.heads.device, warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
@@ -145,6 +158,6 @@ def rans_decode_gluon(
             layout.most_units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
             4 * weight.table.shape[1], STATE_LOW,
             CODED=coded, RAW=raw, PRECISION=layout.probability_bits, WARPS=warps, STAGES=stages, WORD_BYTES=word_bytes,
-            SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps,
+            SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], FLOAT=layout.is_float, num_warps=warps,
         )  # fmt: skip
     return out if out.shape[1] == k else out[:, :k].contiguous()

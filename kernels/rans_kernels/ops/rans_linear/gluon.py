@@ -16,7 +16,16 @@ from triton.experimental.gluon import language as gl
 from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch, fit_shared
-from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, store_partial
+from rans_kernels.ops.panel import (
+    finish_panel,
+    keep_where,
+    load_x,
+    multiply_float_half,
+    multiply_half,
+    only,
+    pad_columns,
+    store_partial,
+)
 from rans_kernels.ops.simt import (
     block_barrier,
     close_block,
@@ -30,29 +39,35 @@ from rans_kernels.ops.simt import (
 from rans_kernels.ops.warp import (
     codes,
     entry_words,
-    load_raw,
+    load_unit,
     next_word,
     raw_bits,
-    stage_raw,
     stage_table,
+    stage_unit,
     stage_words,
+    unit_bytes,
 )
 
 
 @gluon.jit
-def begin_tile(heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, STAGES: gl.constexpr):
+def begin_tile(
+    heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, STAGES: gl.constexpr, FLOAT: gl.constexpr
+):
     """Begin to load a tile; returns its units, the states, where its raw planes stand, and the first in registers.
 
     STAGES 1 keeps raw planes in registers, one unit ahead: fewest instructions, for a GPU that is full of warps. More
     go through a ring in shared memory, which hides latency where warps are few.
     """
+    STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
     left = gl.minimum(panel_units - tile * units, units)
-    head = (heads + tile.to(gl.int64) * ((1 + units * RAW) * 32)).to(gl.uint64)
+    head = (heads + tile.to(gl.int64) * (32 + units * (STAGE_BYTES // 4))).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     raw = head + 128
-    planes = load_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, False)
+    planes = load_unit(
+        raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, FLOAT if STAGES == 1 else False, False
+    )
     for s in gl.static_range(STAGES - 1):
-        stage_raw(ring + s * 128 * RAW, raw + s * 128 * RAW, lane, (s < left).to(gl.uint32), RAW)
+        stage_unit(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW, FLOAT)
         execute(lane, "cp.async.commit_group;")
     return left, state, raw, planes
 
@@ -61,10 +76,12 @@ def begin_tile(heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, S
 def multiply_tile(
     begun, units, cursor, ring, table, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS: gl.constexpr,
     CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    FLOAT: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Sums of this warp's tile, a chain of MMAs from zero."""
     left, state, raw, planes = begun
-    STAGE_BYTES: gl.constexpr = 128 * RAW
+    STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
+    LOW: gl.constexpr = max(1, RAW)
     one = gl.full_like(lane, 1)
     below = (one << lane) - 1
     on = only(rows_on, left > 0, COLUMN_BLOCKS)
@@ -78,12 +95,12 @@ def multiply_tile(
         on = only(rows_on, unit + 1 < left, COLUMN_BLOCKS)
         if STAGES == 1:
             plane = planes
-            planes = load_raw(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW, False)
+            planes = load_unit(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW, FLOAT, False)
         else:
             execute(lane, wait_text(STAGES - 2))
-            plane = load_raw(take, lane, one, RAW, True)
+            plane = load_unit(take, lane, one, RAW, FLOAT, True)
             ahead = (unit + STAGES - 1 < left).to(gl.uint32)
-            stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW)
+            stage_unit(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW, FLOAT)
             execute(lane, "cp.async.commit_group;")
             give = take
             take += STAGE_BYTES
@@ -91,21 +108,31 @@ def multiply_tile(
         raw += STAGE_BYTES
         x_at += 128
         carry = state
+        before = c
         u = ()
         for j in gl.static_range(4):
             state, cursor, coded, carry = next_word(
                 state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
             )
-            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
-        c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        if FLOAT:
+            c = multiply_float_half(c, u, plane[LOW : LOW + 4], x0, COLUMN_BLOCKS, DTYPE)
+        else:
+            c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
         u = ()
         for j in gl.static_range(4, 8):
             state, cursor, coded, carry = next_word(
                 state, cursor, table, below, factors, j, carry, CODED, RAW, PRECISION
             )
-            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
-        c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        if FLOAT:
+            c = multiply_float_half(c, u, plane[LOW + 4 : LOW + 8], x1, COLUMN_BLOCKS, DTYPE)
+        else:
+            c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+        if FLOAT and RAGGED:
+            # x is 0 beyond the tile's end, but what is decoded there may be no number
+            c = keep_where(unit < left, c, before, COLUMN_BLOCKS)
         x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
     return c
 
@@ -117,29 +144,31 @@ def rans_linear_kernel(
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, OVERLAP: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
+    FLOAT: gl.constexpr = False, RAGGED: gl.constexpr = False,
 ):  # fmt: skip
     """y [M, N] = x [M, K] @ W.T for panel program_id(0); K a multiple of 64, x contiguous and 16-byte aligned.
 
     Shared memory: table | words, two buffers a warp if it has several tiles | ring of raw planes | sums of every tile.
     Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
+    FLOAT weights are of x's dtype; RAGGED says that their last tile of a panel has fewer units than the others.
     OVERLAP lets the next kernel of the stream begin while this one ends (programmatic dependent launch).
     """
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
     WORDS: gl.constexpr = WORD_BYTES if TILES <= WARPS else 2 * WORD_BYTES
-    RING: gl.constexpr = STAGES * 128 * RAW
+    RING: gl.constexpr = STAGES * unit_bytes(RAW, FLOAT)
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     word_buffer = base + TABLE_BYTES + (warp * WORDS).to(gl.uint32)
     ring = base + TABLE_BYTES + WARPS * WORDS + (warp * RING).to(gl.uint32)
     partial = base + TABLE_BYTES + WARPS * (WORDS + RING)
     panel = gl.program_id(0)
-    heads += panel.to(gl.int64) * ((TILES + panel_units * RAW) * 32)
+    heads += panel.to(gl.int64) * (TILES * 32 + panel_units * (unit_bytes(RAW, FLOAT) // 4))
     offsets += panel * TILES
 
     stage_table(base, table, tid, TABLE_BYTES, WARPS)
     stage_words(word_buffer, words, offsets, warp, TILES, lane, WORD_BYTES)
     execute(tid, "cp.async.commit_group;")
-    begun = begin_tile(heads, warp, units, panel_units, ring, lane, RAW, STAGES)
+    begun = begin_tile(heads, warp, units, panel_units, ring, lane, RAW, STAGES, FLOAT)
     if OVERLAP:
         # weights are nobody's result; x is
         execute(tid, "griddepcontrol.wait;")
@@ -158,12 +187,12 @@ def rans_linear_kernel(
             # otherwise the first unit's copies commit them
             execute(tid, "cp.async.commit_group;")
     c = multiply_tile(begun, units, word_buffer, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS, CODED,
-                      RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
+                      RAW, PRECISION, STAGES, DTYPE, FLOAT, RAGGED)  # fmt: skip
     store_partial(partial + (warp * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     for first in range(WARPS, TILES, WARPS):
         tile = first + warp
         buffer = first // WARPS % 2 * WORD_BYTES
-        begun = begin_tile(heads, tile, units, panel_units, ring, lane, RAW, STAGES)
+        begun = begin_tile(heads, tile, units, panel_units, ring, lane, RAW, STAGES, FLOAT)
         execute(tid, wait_text(STAGES - 1))
         execute(tid, "bar.warp.sync 0xffffffff;")
         other = word_buffer + (WORD_BYTES - buffer).to(gl.uint32)
@@ -172,7 +201,7 @@ def rans_linear_kernel(
             execute(tid, "cp.async.commit_group;")
         x_at += (gl.full_like(lane, 128 * WARPS) * units).to(gl.uint64)
         c = multiply_tile(begun, units, word_buffer + buffer.to(gl.uint32), ring, base, factors, x_at, rows_on, K, lane,
-                          COLUMN_BLOCKS, CODED, RAW, PRECISION, STAGES, DTYPE)  # fmt: skip
+                          COLUMN_BLOCKS, CODED, RAW, PRECISION, STAGES, DTYPE, FLOAT, RAGGED)  # fmt: skip
         store_partial(partial + (tile * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     if OVERLAP:
         execute(tid, "griddepcontrol.launch_dependents;")
@@ -187,7 +216,7 @@ def rans_linear_gluon(
     """x [M, K] -> [M, N] in x's dtype.
 
     Args:
-        x: float16 or bfloat16.
+        x: float16 or bfloat16; of the weight's dtype if that is a float.
         weight: of one matrix.
         scale: float32 [1, 1] or [N, 1].
         bias: [N] or None.
@@ -213,7 +242,7 @@ def multiply_rows(
 
     def shared_bytes(warps: int) -> int:
         buffers = 1 if tiles <= warps else 2
-        behind = warps * stages * 128 * raw + -(-tiles // warps) * warps * 512 * column_blocks
+        behind = warps * stages * 128 * layout.unit_rows + -(-tiles // warps) * warps * 512 * column_blocks
         return weight.table.nbytes + warps * buffers * word_bytes + max(behind, weight.overrun_bytes)
 
     warps = fit_shared(x.device, warps, shared_bytes)
@@ -225,5 +254,6 @@ def multiply_rows(
         TILES=tiles, CODED=coded, RAW=raw, PRECISION=layout.probability_bits, COLUMN_BLOCKS=column_blocks,
         HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16, WARPS=warps, STAGES=stages,
         WORD_BYTES=word_bytes, OVERLAP=overlap,
-        SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], num_warps=warps, launch_pdl=overlap,
+        SHARED0=pieces[0], SHARED1=pieces[1], SHARED2=pieces[2], FLOAT=layout.is_float,
+        RAGGED=layout.panel_units % layout.most_units > 0, num_warps=warps, launch_pdl=overlap,
     )  # fmt: skip
