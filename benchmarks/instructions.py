@@ -90,7 +90,8 @@ def main() -> None:
             alu = sum(counts[op] for op in ALU)
             rows.append(
                 {
-                    "weights": "float" if is_float else "int8", "split": str(split), "stages": stages, "instructions": len(body), "alu": alu,
+                    "split": f"{split} float" if is_float else str(split), "stages": stages,
+                    "instructions": len(body), "alu": alu,
                     "per_weight": round(len(body) / LANE_WEIGHTS, 3), "alu_per_weight": round(alu / LANE_WEIGHTS, 3),
                 }
             )  # fmt: skip

@@ -95,7 +95,7 @@ class TileLayout:
         units: of a tile, along K; the last tile of a panel (16 rows) may have fewer.
         probability_bits: frequencies of the table add up to 2 ** probability_bits.
         dtype: of the weights: int8, bfloat16 or float16.
-        base: of floats, what the high byte, without its sign, is counted from; not above any weight's.
+        windows: of floats, where the ranges begin that their high bytes, without the signs, lie in; a coded value each.
     """
 
     shape: tuple[int, int]
@@ -103,7 +103,7 @@ class TileLayout:
     units: int = 8
     probability_bits: int = 12
     dtype: str = "int8"
-    base: int = 0
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 0:
@@ -112,10 +112,15 @@ class TileLayout:
             raise FormatError(f"units is {self.units}; a tile has at least 1")
         if self.probability_bits not in PROBABILITY_BITS:
             raise FormatError(f"probability_bits is {self.probability_bits}; it is one of {PROBABILITY_BITS}")
-        if self.dtype not in DTYPES or not 0 <= self.base <= (127 if self.is_float else 0):
-            raise FormatError(f"no weights of dtype {self.dtype!r} with base {self.base}: dtype is one of {DTYPES}")
+        if self.dtype not in DTYPES:
+            raise FormatError(f"no weights of dtype {self.dtype!r}: it is one of {DTYPES}")
         if self.is_float and self.split.coded_bits == 1:
             raise FormatError(f"{self.dtype} weights have no split {self.split}: coded_bits is 8, 4 or 2")
+        # a coded value each; without raw bits its lowest bit is the sign
+        most = 1 << self.split.coded_bits - (self.split.raw_bits == 0) if self.is_float else 0
+        ascend = all(a < b for a, b in zip((-1, *self.windows), (*self.windows, 128), strict=True))
+        if not ascend or not min(1, most) <= len(self.windows) <= most:
+            raise FormatError(f"windows {self.windows} are not up to {most} numbers from 0 to 127, ascending")
 
     @property
     def is_float(self) -> bool:
@@ -177,18 +182,30 @@ class TileLayout:
         first = across * (1 + self.units * self.unit_rows) + 1 + unit * self.unit_rows + self.split.raw_bits
         return first[:, None] + np.arange(LOW_ROWS)
 
-    def float_codes(self) -> NDArray[np.uint8]:
-        """The code u for every high byte of a float, [256]; of those that the split does not hold, anything.
+    @property
+    def window(self) -> int:
+        """High bytes, without their signs, of a window: those that the raw bits tell apart."""
+        return 1 << max(0, self.split.raw_bits - 1)
 
-        u = (byte without its sign - base) << 1 | sign; coded = u >> R, raw = u mod 2^R. If R > 0 the sign is the lowest
-        raw bit, and is stored one weight later in each quad: one rotation of a word then puts it on top of its byte.
+    def float_codes(self) -> NDArray[np.int16]:
+        """The code u of every high byte of a float, [256]; -1 for those in no window.
+
+        u = (window << R - 1 | place in it) << 1 | sign; coded = u >> R, raw = u mod 2^R. If R > 0 the sign is the
+        lowest raw bit, and is stored one weight later in each quad: one rotation of a word then puts it on top of its
+        byte.
         """
-        byte = np.arange(256)
-        return ((byte % 128 - self.base) << 1 | byte >> 7).astype(np.uint8)
+        byte, starts = np.arange(256), np.array(self.windows)
+        window = np.searchsorted(starts, byte % 128, "right") - 1
+        place = byte % 128 - starts[window]
+        held = (window >= 0) & (place < self.window)
+        return np.where(held, (window * self.window + place) << 1 | byte >> 7, -1).astype(np.int16)
 
-    def holds_floats(self, smallest: int, largest: int) -> bool:
-        """True if floats can be coded whose high bytes, without their signs, are in [smallest, largest]."""
-        return self.base <= smallest and largest - self.base < -self.split.low
+    def float_bytes(self) -> NDArray[np.uint8]:
+        """The high byte of every code, [2^(C + R)]; for those that are not used, any."""
+        u = np.arange(1 << (self.split.coded_bits + self.split.raw_bits))
+        window, place = np.divmod(u >> 1, self.window)
+        starts = np.resize(np.array(self.windows), window[-1] + 1)
+        return ((starts[window] + place) & 0x7F | (u & 1) << 7).astype(np.uint8)
 
     def check(self, head_rows: int, word_rows: int, offsets: NDArray[np.integer], freqs: NDArray[np.integer]) -> None:
         """Check everything a decoder relies on to stay inside heads and words.
@@ -219,7 +236,7 @@ class TileLayout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        floats = {"dtype": self.dtype, "base": self.base} if self.is_float else {}
+        floats = {"dtype": self.dtype, "windows": list(self.windows)} if self.is_float else {}
         return floats | {
             "shape": list(self.shape),
             "coded_bits": self.split.coded_bits,
@@ -239,8 +256,8 @@ class TileLayout:
             n, k = (int(size) for size in data["shape"])
             split = Split(int(data["coded_bits"]), int(data["raw_bits"]))
             dtype = str(data.get("dtype", "int8"))
-            base = 0 if dtype == "int8" else int(data["base"])
-            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]), dtype, base)
+            windows = () if dtype == "int8" else tuple(int(start) for start in data["windows"])
+            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]), dtype, windows)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise

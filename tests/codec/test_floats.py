@@ -1,13 +1,14 @@
 """16-bit floats come back to the bit: every pattern, shape and split, by the compiled decoder and by the reference."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rans_kernels.coder import byte_histogram, decode_tiles, encode_tiles, entropy, high_bytes
-from rans_kernels.coder.plan import choose_float_layout
+from rans_kernels.coder.plan import choose_float_layout, choose_windows, float_bits
 from rans_kernels.coder.reference import decode_reference
 from rans_kernels.format import FLOATS, SPLITS, FormatError, Split, TileLayout
 
@@ -18,13 +19,6 @@ PROFILES = ("compact", "auto", "fast")
 
 def decoded(e, decode=decode_tiles, **options):
     return decode(e.layout, e.heads, e.words, e.offsets, e.freqs, **options)
-
-
-def bits_of(shape, split, base, seed=0):
-    """Bits whose high bytes, without their signs, fill the split's range from base on, the common ones first."""
-    rng = np.random.default_rng(seed)
-    q = np.minimum(rng.geometric(0.4, shape) - 1, min(-split.low, 128 - base) - 1)
-    return ((base + q) << 8 | rng.integers(0, 2, shape) << 15 | rng.integers(0, 256, shape)).astype(np.uint16)
 
 
 def gaussian(shape, sigma=0.02, seed=0):
@@ -45,9 +39,9 @@ def test_every_pattern_survives(dtype, profile):
 
 @pytest.mark.parametrize("split", FLOAT_SPLITS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_odd_shapes_survive_both_decoders(shape, split):
-    w = bits_of(shape, split, 30)
-    e = encode_tiles(w, TileLayout(shape, split, 2, 11, "bfloat16", 30))
+def test_odd_shapes_survive_both_decoders(shape, split, float_case):
+    layout, w = float_case(shape, split, 2, probability_bits=11)
+    e = encode_tiles(w, layout)
     assert np.array_equal(decoded(e), w)
     assert np.array_equal(decoded(e, decode_reference), w)
 
@@ -85,9 +79,7 @@ def test_what_stands_around_the_matrix_is_finite(dtype):
     w[0, :5] = 0x3C00
     layout = choose_float_layout(byte_histogram(high_bytes(w)), w.shape, "auto", dtype)
     e = encode_tiles(w, layout)
-    whole = TileLayout(
-        (16, 128), *(getattr(layout, f) for f in ("split", "units", "probability_bits", "dtype", "base"))
-    )
+    whole = replace(layout, shape=(16, 128))
     around = decode_tiles(whole, e.heads, e.words, e.offsets, e.freqs)
     assert np.array_equal(around[:3, :70], w)
     expected = {"bfloat16": 0x7F00, "float16": 0x3C00}[dtype]
@@ -117,21 +109,47 @@ def test_gaussian_weights_take_eleven_bits(profile, most):
     assert entropy(byte_histogram(high_bytes(w))) + 8 < bits < most
 
 
-def test_planning_prefers_the_base_that_costs_least():
-    w = gaussian((512, 512), 0.03)
-    counts = byte_histogram(high_bytes(w))
-    layout = choose_float_layout(counts, w.shape, "fast", "bfloat16")
-    exponents = np.flatnonzero(counts.reshape(2, 128).any(0))
-
-    def size(base):
-        changed = replace(layout, base=base)
-        return encode_tiles(w, changed).nbytes if changed.holds_floats(exponents[0], exponents[-1]) else w.nbytes
-
-    assert size(layout.base) < 1.001 * min(size(base) for base in range(exponents[-1] + 1))
+def test_some_zeros_cost_little_and_need_no_wider_split():
+    w = gaussian((512, 1024))
+    w[::64, ::64] = 0
+    layout = choose_float_layout(byte_histogram(high_bytes(w)), w.shape, "compact", "bfloat16")
+    assert layout.split == Split(4, 1) and layout.windows[0] == 0 and layout.windows[1] > 40
+    assert np.array_equal(decoded(encode_tiles(w, layout)), w)
 
 
-def test_an_entry_keeps_dtype_and_base_and_integers_need_neither():
-    layout = TileLayout((3, 5), Split(2, 3), 4, 10, "float16", 17)
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.integers(0, 40), st.integers(1, 1000), min_size=1, max_size=9),
+    st.sampled_from([Split(2, 2), Split(2, 3), Split(2, 4), Split(4, 1), Split(4, 2)]),
+)
+def test_windows_cover_all_at_the_least_cost(found, split):
+    counts = np.zeros(128, np.int64)
+    counts[list(found)] = list(found.values())
+    width, most = 1 << split.raw_bits - 1, 1 << split.coded_bits
+    # windows need only begin at a value
+    sets = [s for r in range(1, most + 1) for s in combinations(sorted(found), r)]
+    layouts = [TileLayout((1, 1), split, 1, 10, "bfloat16", windows) for windows in sets]
+    able = [layout for layout in layouts if (layout.float_codes()[sorted(found)] >= 0).all()]
+    windows = choose_windows(counts, split)
+    assert (windows is None) == (not able)
+    if windows is not None:
+        assert max(np.diff([*windows, windows[-1] + width])) >= 1
+        sizes = [float_bits(np.tile(counts, 2), layout) for layout in able]
+        assert float_bits(np.tile(counts, 2), replace(able[0], windows=windows)) <= min(sizes) + 0.01
+
+
+@pytest.mark.parametrize("split", FLOAT_SPLITS, ids=str)
+def test_codes_and_high_bytes_are_inverse(split, float_case):
+    layout, _ = float_case((1, 1), split)
+    codes, back = layout.float_codes(), layout.float_bytes()
+    held = np.flatnonzero(codes >= 0)
+    assert len(held) >= 2 * len(layout.windows)
+    assert codes[held].max() < 1 << (split.coded_bits + split.raw_bits)
+    assert np.array_equal(back[codes[held]], held)
+
+
+def test_an_entry_keeps_dtype_and_windows_and_integers_need_neither():
+    layout = TileLayout((3, 5), Split(2, 3), 4, 10, "float16", (17, 40))
     assert TileLayout.from_json(layout.to_json()) == layout
     integers = TileLayout((3, 5), Split(2, 3))
     assert "dtype" not in integers.to_json() and TileLayout.from_json(integers.to_json()) == integers
@@ -141,9 +159,13 @@ def test_an_entry_keeps_dtype_and_base_and_integers_need_neither():
     ("changes", "message"),
     [
         ({"dtype": "float32"}, "no weights of dtype 'float32'"),
-        ({"dtype": "bfloat16", "base": 128}, "base 128"),
-        ({"dtype": "int8", "base": 1}, "base 1"),
-        ({"dtype": "bfloat16", "split": Split(1, 3)}, "no split c1r3"),
+        ({"dtype": "bfloat16"}, "windows"),
+        ({"dtype": "bfloat16", "windows": (128,)}, "windows"),
+        ({"dtype": "bfloat16", "windows": (7, 7)}, "windows"),
+        ({"dtype": "bfloat16", "windows": tuple(range(17))}, "up to 16"),
+        ({"dtype": "bfloat16", "windows": tuple(range(9)), "split": Split(4, 0)}, "up to 8"),
+        ({"windows": (1,)}, "windows"),
+        ({"dtype": "bfloat16", "windows": (1,), "split": Split(1, 3)}, "no split c1r3"),
     ],
 )
 def test_impossible_layouts_are_refused(changes, message):
@@ -151,10 +173,10 @@ def test_impossible_layouts_are_refused(changes, message):
         TileLayout(**({"shape": (3, 5), "split": Split(4, 1)} | changes))
 
 
-def test_floats_out_of_range_are_refused():
-    layout = TileLayout((4, 4), Split(4, 0), 1, 10, "bfloat16", 60)
-    for value in (0x3B00, 0x4400):
-        with pytest.raises(FormatError, match="do not fit split c4r0 from base 60"):
+def test_floats_in_no_window_are_refused():
+    layout = TileLayout((4, 4), Split(2, 2), 1, 10, "bfloat16", (60, 64))
+    for value in (0x3B00, 0x3E00, 0x4200):
+        with pytest.raises(FormatError, match=f"high byte {value >> 8} are in none of the windows"):
             encode_tiles(np.full((4, 4), value, np.uint16), layout)
     with pytest.raises(FormatError, match="uint16"):
         encode_tiles(np.zeros((4, 4), np.float16), layout)

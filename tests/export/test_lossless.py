@@ -111,7 +111,8 @@ def test_layers_say_what_they_are(tiny_llama, tmp_path):
     ("change", "message"),
     [
         ({"dtype": "float8"}, "no weights of dtype 'float8'"),
-        ({"base": 128}, "base 128"),
+        ({"windows": [60, 128]}, "windows"),
+        ({"windows": None}, "damaged"),
         ({"dtype": "int8"}, "do not fit"),
         ({"scale_shape": [80, 1]}, "scales of shape"),
     ],

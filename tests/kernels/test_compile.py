@@ -19,7 +19,7 @@ from rans_kernels.ops.rans_linear.triton import add_partial_kernel, rans_linear_
 tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "out": "*i8", "x": "*bf16",
            "scale": "*fp32", "partial": "*fp32", "y": "*bf16"}
 constants = {"UNITS": 16, "CODED": 4, "RAW": 3, "PROBABILITY_BITS": 12, "TILES": 4, "GROUP_SIZE": 32, "BLOCK_M": 2,
-             "SLICES": 2, "SCALED": True, "BLOCK": 256, "FLOAT": False, "BASE": 0}
+             "SLICES": 2, "SCALED": True, "BLOCK": 256, "FLOAT": False}
 for kernel in (rans_decode_kernel, rans_linear_kernel, add_partial_kernel, rans_decode_kernel):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else tensors.get(n, "i32") for n in names}
@@ -28,7 +28,7 @@ for kernel in (rans_decode_kernel, rans_linear_kernel, add_partial_kernel, rans_
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=used), target=target, options={"num_warps": 4})
     print(kernel.__name__, len(compiled.asm["cubin"]) > 0)
     # the last one decodes floats
-    constants |= {"FLOAT": True, "BASE": 50}
+    constants |= {"FLOAT": True}
     tensors["out"] = "*i16"
 """
 

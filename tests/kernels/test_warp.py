@@ -60,13 +60,8 @@ def test_weights_come_out_of_raw_and_coded_bits(split):
 
 
 @pytest.mark.parametrize("split", [split for split in SPLITS if split.coded_bits > 1], ids=str)
-def test_floats_come_out_of_raw_coded_and_low_bits(split):
-    # the largest high byte, so that a carry would show, and a base that reaches into the raw bits
-    most = min(-split.low, 100)
-    rng = np.random.default_rng(0)
-    high = rng.integers(128 - most, 128, (16, 64)) << 8 | rng.integers(0, 2, (16, 64)) << 15
-    w = (high | rng.integers(0, 256, (16, 64))).astype(np.uint16)
-    layout = TileLayout(w.shape, split, 1, 12, "bfloat16", 128 - most)
+def test_floats_come_out_of_raw_coded_and_low_bits(split, float_case):
+    layout, w = float_case((16, 64), split, 1)
     encoded = encode_tiles(w, layout)
     rows = encoded.heads[1:].view(np.uint32)
     plane, low = lane_words(rows[: split.raw_bits].reshape(-1), split.raw_bits), rows[split.raw_bits :].reshape(-1)

@@ -119,7 +119,7 @@ def _values(layout: TileLayout) -> NDArray[np.int8]:
     c, r = layout.split.coded_bits, layout.split.raw_bits
     code = np.arange(1 << (c + r))
     if layout.is_float:
-        return ((layout.base + (code >> 1)) & 0x7F | (code & 1) << 7).astype(np.uint8).view(np.int8)
+        return layout.float_bytes().view(np.int8)
     if c > 1:
         return (code - (1 << (c + r - 1))).astype(np.int8)
     half = 1 << (r - 1)

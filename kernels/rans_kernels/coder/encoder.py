@@ -145,15 +145,15 @@ class _FloatEncoder(_Encoder):
     def __init__(self, bits: NDArray[np.integer], layout: TileLayout):
         self.bits, high = bits, high_bytes(bits)
         counts = byte_histogram(high)
-        exponents = np.flatnonzero(counts.reshape(2, 128).any(0))
-        if len(exponents) and not layout.holds_floats(int(exponents[0]), int(exponents[-1])):
+        codes = layout.float_codes()
+        if outside := np.flatnonzero((counts > 0) & (codes < 0)).tolist():
             raise FormatError(
-                f"weights with high bytes from {exponents[0]} to {exponents[-1]} do not fit split {layout.split} "
-                f"from base {layout.base}"
+                f"weights with the high byte {outside[0] % 128} are in none of the windows {layout.windows} "
+                f"of split {layout.split}"
             )
         # the cheapest, but finite: kernels multiply what is beyond the last column by 0
         finite = np.arange(256) % 128 < FLOATS[layout.dtype]
-        super().__init__(high.view(np.int8), layout, layout.float_codes(), int(np.argmax(counts * finite)))
+        super().__init__(high.view(np.int8), layout, codes.astype(np.uint8), int(np.argmax(counts * finite)))
 
     def store_low(self, pool: ThreadPoolExecutor) -> None:
         """Store the low bytes, some panels at a time."""

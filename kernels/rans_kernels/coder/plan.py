@@ -108,20 +108,49 @@ def choose_float_layout(counts: NDArray[np.int64], shape: tuple[int, int], profi
         profile: compact, fast or auto.
         dtype: bfloat16 or float16.
     """
-    present = np.flatnonzero(counts.reshape(2, 128).any(0))
-    low, high = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
     units = choose_units(shape, profile)
     layouts: dict[Split, TileLayout] = {}
     bits: dict[Split, float] = {}
     for split in SPLITS:
-        if split.coded_bits == 1:
-            continue
-        for base in range(low + 1):
-            layout = TileLayout(shape, split, units, choose_probability_bits(split), dtype, base)
-            if layout.holds_floats(low, high):
-                coded = layout.float_codes() >> split.raw_bits
-                # a row a unit is a bit a weight; to a hundredth, as splits closer than that differ by their tables
-                size = round(entropy(np.bincount(coded, weights=counts)) + layout.unit_rows, 2)
-                if split not in bits or size < bits[split]:
-                    bits[split], layouts[split] = size, layout
+        if split.coded_bits > 1 and (windows := choose_windows(counts.reshape(2, 128).sum(0), split)):
+            layout = TileLayout(shape, split, units, choose_probability_bits(split), dtype, windows)
+            layouts[split], bits[split] = layout, float_bits(counts, layout)
     return layouts[_best_split(bits, profile)]
+
+
+def float_bits(counts: NDArray[np.int64], layout: TileLayout) -> float:
+    """Bits a weight of a layout of floats under an ideal code; counts: histogram of the high bytes, [256]."""
+    coded = layout.float_codes().clip(0) >> layout.split.raw_bits
+    # a row a unit is a bit a weight; to a hundredth, as splits closer than that differ by their tables
+    return round(entropy(np.bincount(coded, weights=counts)) + layout.unit_rows, 2)
+
+
+def choose_windows(counts: NDArray[np.int64], split: Split) -> tuple[int, ...] | None:
+    """The windows of the shortest code for floats, where each begins, or None if the split cannot hold them.
+
+    Args:
+        counts: histogram of the high bytes without their signs, [128].
+        split: says how many windows there can be, and how wide they are.
+    """
+    values = np.flatnonzero(counts).tolist() or [0]
+    most, width = 1 << split.coded_bits - (split.raw_bits == 0), 1 << max(0, split.raw_bits - 1)
+    if width == 1:
+        return tuple(values) if len(values) <= most else None
+    before = np.concatenate([[0], np.cumsum(counts[values])]).tolist()
+
+    def saved(first: int, last: int) -> float:
+        count = before[last] - before[first]
+        return count * float(np.log2(max(1, count)))
+
+    # by the number of values that are covered: what is saved, and the windows
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for _ in range(most):
+        longer = dict(best)
+        for first, (sum_saved, windows) in best.items():
+            for last in range(first + 1, len(values) + 1):
+                if values[last - 1] - values[first] >= width:
+                    break
+                found = sum_saved + saved(first, last), (*windows, values[first])
+                longer[last] = max(longer.get(last, found), found)
+        best = longer
+    return best[len(values)][1] if len(values) in best else None

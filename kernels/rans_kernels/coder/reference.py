@@ -118,12 +118,14 @@ def _combine_floats(
 ) -> NDArray[np.uint16]:
     """Bits of floats, [units, 32 weights, 32 lanes], from their coded and raw bits and the words of their low bytes."""
     r, lane = layout.split.raw_bits, np.arange(32)
-    bits = np.empty(coded.shape, np.uint16)
+    bits, windows = np.empty(coded.shape, np.uint16), np.zeros(256, np.int64)
+    windows[: len(layout.windows)] = layout.windows
     for e in range(32):
         j, i = divmod(e, 4)
         u = coded[:, e] << r | raw[:, e]
         # raw signs stand with the next weight of the four
         sign = raw[:, 4 * j + (i + 1) % 4] % 2 if r else u % 2
         word = low[:, 128 * (j // 4) + 4 * lane + j % 4]
-        bits[:, e] = sign << 15 | (layout.base + u // 2) % 128 << 8 | word >> (8 * i) & 0xFF
+        window, place = np.divmod(u // 2, 2 ** max(0, r - 1))
+        bits[:, e] = sign << 15 | (windows[window] + place) % 128 << 8 | word >> (8 * i) & 0xFF
     return bits

@@ -58,7 +58,7 @@ class CodedWeight:
         backend = backend_of(heads.device)
         table = freqs
         if backend != "cpu":
-            table = warp_table(freqs, layout) if backend == "gluon" else slot_table(freqs)
+            table = warp_table(freqs, layout) if backend == "gluon" else slot_table(freqs, layout)
         largest = int((rows[1:] - rows[:-1]).max(initial=0))
         return cls(heads, words, offsets, table, layout, largest)
 
@@ -78,12 +78,12 @@ class CodedWeight:
         layout = self.layout
         return [
             *layout.shape, layout.split.coded_bits, layout.split.raw_bits, layout.units, layout.probability_bits,
-            DTYPES.index(layout.dtype), layout.base, self.word_rows,
+            self.word_rows, DTYPES.index(layout.dtype), *layout.windows,
         ]  # fmt: skip
 
     @classmethod
     def of(cls, heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, numbers: list[int]) -> "CodedWeight":
         """Put together again what a custom operator was given."""
-        n, k, coded, raw, units, precision, dtype, base, word_rows = numbers
-        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], base)
+        n, k, coded, raw, units, precision, word_rows, dtype, *windows = numbers
+        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], tuple(windows))
         return cls(heads, words, offsets, table, layout, word_rows)

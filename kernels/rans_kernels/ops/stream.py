@@ -132,7 +132,7 @@ def next_weights(
 @triton.jit
 def next_floats(
     words, table, raw, state, word, end, unit, half, live,
-    CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr, BASE: tl.constexpr,
+    CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr,
 ):  # fmt: skip
     """Half a unit: states, next words, and the bits of floats, int32 [TILES, 32, 2, 8] (TileLayout.float_codes)."""
     plane = raw + unit * 32 * (RAW + 8)
@@ -149,7 +149,8 @@ def next_floats(
     column = tl.arange(0, 8)[None, None, None, :]
     at = 32 * RAW + 128 * half + 4 * lane + 2 * row + column // 4
     low = tl.load(plane[:, :, None, None] + at, mask=live[:, :, None, None], other=0).to(tl.uint32, bitcast=True)
-    value = (sign << 15) | (((u >> 1) + BASE) & 0x7F) << 8 | ((low >> (8 * (column % 4))) & 0xFF)
+    high = tl.load(table + ((1 << PROBABILITY_BITS) + (u ^ (u & 1) ^ sign))).to(tl.uint32, bitcast=True)
+    value = (high << 8) | ((low >> (8 * (column % 4))) & 0xFF)
     return state, word, value.to(tl.int32)
 
 

@@ -228,7 +228,7 @@ def raw_bits(plane, J: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr = Fa
 def codes(coded, raw, CODED: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr = False):
     """Weights plus their offset, a byte each, from coded and raw bits (format.Split); or the high bytes of floats.
 
-    Coded bits of floats come from the table with the base added, which may reach down into the raw bits.
+    Coded bits of floats come from the table as the first high byte of their window, to which the raw bits are added.
     """
     if FLOAT and RAW > 1:
         return raw + coded

@@ -13,7 +13,7 @@ from rans_kernels.ops.stream import TILES, next_floats, next_weights, open_tiles
 def rans_decode_kernel(
     heads, words, offsets, table, out, N, K,
     UNITS: tl.constexpr, CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr, TILES: tl.constexpr,
-    FLOAT: tl.constexpr = False, BASE: tl.constexpr = 0,
+    FLOAT: tl.constexpr = False,
 ):  # fmt: skip
     """Write tiles program_id(0) * TILES ... of `out` [N, K], int8, or int16, the bits of FLOAT weights."""
     ROWS: tl.constexpr = RAW + 8 if FLOAT else RAW
@@ -25,7 +25,7 @@ def rans_decode_kernel(
         for half in range(2):
             if FLOAT:
                 state, word, value = next_floats(
-                    words, table, raw, state, word, end, unit, half, live, CODED, RAW, PROBABILITY_BITS, BASE
+                    words, table, raw, state, word, end, unit, half, live, CODED, RAW, PROBABILITY_BITS
                 )
             else:
                 state, word, value = next_weights(
@@ -44,6 +44,6 @@ def rans_decode_triton(heads: Tensor, words: Tensor, offsets: Tensor, table: Ten
         rans_decode_kernel[(triton.cdiv(layout.tiles, TILES),)](
             heads, words, offsets, table, out, n, k, UNITS=layout.most_units,
             CODED=layout.split.coded_bits, RAW=layout.split.raw_bits, PROBABILITY_BITS=layout.probability_bits,
-            TILES=TILES, FLOAT=layout.is_float, BASE=layout.base, num_warps=TILES,
+            TILES=TILES, FLOAT=layout.is_float, num_warps=TILES,
         )  # fmt: skip
     return out.view(getattr(torch, layout.dtype))
