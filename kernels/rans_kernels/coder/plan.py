@@ -108,14 +108,19 @@ def choose_float_layout(counts: NDArray[np.int64], shape: tuple[int, int], profi
         profile: compact, fast or auto.
         dtype: bfloat16 or float16.
     """
-    units = choose_units(shape, profile)
-    layouts: dict[Split, TileLayout] = {}
-    bits: dict[Split, float] = {}
-    for split in SPLITS:
-        if split.coded_bits > 1 and (windows := choose_windows(counts.reshape(2, 128).sum(0), split)):
-            layout = TileLayout(shape, split, units, choose_probability_bits(split), dtype, windows)
-            layouts[split], bits[split] = layout, float_bits(counts, layout)
-    return layouts[_best_split(bits, profile)]
+    found = ((split, float_layout(counts, shape, profile, dtype, split)) for split in SPLITS if split.coded_bits > 1)
+    layouts = {split: layout for split, layout in found if layout}
+    return layouts[_best_split({split: float_bits(counts, layout) for split, layout in layouts.items()}, profile)]
+
+
+def float_layout(
+    counts: NDArray[np.int64], shape: tuple[int, int], profile: str, dtype: str, split: Split
+) -> TileLayout | None:
+    """The cheapest layout of floats with a split, None if it cannot hold them; arguments as `choose_float_layout`."""
+    windows = choose_windows(counts.reshape(2, 128).sum(0), split)
+    if windows is None:
+        return None
+    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split), dtype, windows)
 
 
 def float_bits(counts: NDArray[np.int64], layout: TileLayout) -> float:
