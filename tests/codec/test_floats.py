@@ -63,10 +63,11 @@ def test_whatever_is_planned_holds_random_bits(shape, dtype, profile, lowest, sp
     assert np.array_equal(decoded(encode_tiles(w, layout, workers=1), workers=1), w)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [0, 0x8000, 0x7FC1, 0x3F80])
-def test_one_value_is_stored_without_a_word(value):
+def test_one_value_is_stored_without_a_word(value, dtype):
     w = np.full((20, 130), value, np.uint16)
-    layout = choose_float_layout(byte_histogram(high_bytes(w)), w.shape, "compact", "bfloat16")
+    layout = choose_float_layout(byte_histogram(high_bytes(w)), w.shape, "compact", dtype)
     e = encode_tiles(w, layout)
     assert e.words.size == 0
     assert np.array_equal(decoded(e), w)

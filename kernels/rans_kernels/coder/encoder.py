@@ -128,6 +128,8 @@ class _Encoder:
 
 
 class _IntegerEncoder(_Encoder):
+    """Of int8."""
+
     def __init__(self, weights: NDArray[np.integer], layout: TileLayout):
         split = layout.split
         if weights.size and not split.holds(int(weights.min()), int(weights.max())):
@@ -142,6 +144,8 @@ class _IntegerEncoder(_Encoder):
 
 
 class _FloatEncoder(_Encoder):
+    """Of 16-bit floats: their high bytes; low bytes go to the heads as they are."""
+
     def __init__(self, bits: NDArray[np.integer], layout: TileLayout):
         self.bits, high = bits, high_bytes(bits)
         counts = byte_histogram(high)
@@ -152,8 +156,9 @@ class _FloatEncoder(_Encoder):
                 f"of split {layout.split}"
             )
         # the cheapest, but finite: kernels multiply what is beyond the last column by 0
-        finite = np.arange(256) % 128 < FLOATS[layout.dtype]
-        super().__init__(high.view(np.int8), layout, codes.astype(np.uint8), int(np.argmax(counts * finite)))
+        finite = counts * (np.arange(256) % 128 < FLOATS[layout.dtype])
+        usual = int(np.argmax(finite if finite.any() else counts))
+        super().__init__(high.view(np.int8), layout, codes.astype(np.uint8), usual)
 
     def store_low(self, pool: ThreadPoolExecutor) -> None:
         """Store the low bytes, some panels at a time."""

@@ -158,13 +158,9 @@ def unit_bytes(raw, is_float):
 
 
 @gluon.jit
-def load_unit(at, lane, on, RAW: gl.constexpr, FLOAT: gl.constexpr, SHARED: gl.constexpr):
-    """As `load_raw`, then for floats eight words of low bytes, those of word J as the J-th."""
-    plane = load_raw(at, lane, on, RAW, SHARED)
-    if FLOAT:
-        for h in gl.static_range(2):
-            plane = plane + load_words(at + (128 * RAW + 512 * h + lane * 16).to(at.dtype), on, 4, SHARED)
-    return plane
+def load_low(at, lane, on, HALF: gl.constexpr, RAW: gl.constexpr, SHARED: gl.constexpr):
+    """This lane's four words of low bytes of half a unit that begins at `at`."""
+    return load_words(at + (128 * RAW + 512 * HALF + lane * 16).to(at.dtype), on, 4, SHARED)
 
 
 @gluon.jit

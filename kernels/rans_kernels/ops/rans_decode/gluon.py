@@ -26,7 +26,8 @@ from rans_kernels.ops.warp import (
     codes,
     entry_words,
     join_bytes,
-    load_unit,
+    load_low,
+    load_raw,
     next_word,
     raw_bits,
     scaled,
@@ -52,7 +53,6 @@ def rans_decode_kernel(
     """
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
     STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
-    LOW: gl.constexpr = max(1, RAW)
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     cursor = base + TABLE_BYTES + (warp * WORD_BYTES).to(gl.uint32)
     ring = base + TABLE_BYTES + WARPS * WORD_BYTES + (warp * (STAGES * STAGE_BYTES)).to(gl.uint32)
@@ -89,7 +89,8 @@ def rans_decode_kernel(
     carry = state
     for unit in range(0, units):
         execute(tid, wait_text(STAGES - 2))
-        plane = load_unit(take, lane, one, RAW, FLOAT, True)
+        here = take
+        plane = load_raw(here, lane, one, RAW, True)
         stage_unit(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW, FLOAT)
         execute(tid, "cp.async.commit_group;")
         give = take
@@ -108,7 +109,7 @@ def rans_decode_kernel(
             lower_on = (inside & (row + 8 < N)).to(gl.uint32)
             at = to + 32 * SIZE * h
             if FLOAT:
-                low = plane[LOW + 4 * h : LOW + 4 * h + 4]
+                low = load_low(here, lane, one, h, RAW, True)
                 store_global(at, join_bytes(u[4 * h], low[0]) + join_bytes(u[4 * h + 1], low[1]), upper_on)
                 store_global(at + lower, join_bytes(u[4 * h + 2], low[2]) + join_bytes(u[4 * h + 3], low[3]), lower_on)
             elif SIZE == 1:

@@ -39,7 +39,8 @@ from rans_kernels.ops.simt import (
 from rans_kernels.ops.warp import (
     codes,
     entry_words,
-    load_unit,
+    load_low,
+    load_raw,
     next_word,
     raw_bits,
     stage_table,
@@ -53,7 +54,7 @@ from rans_kernels.ops.warp import (
 def begin_tile(
     heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, STAGES: gl.constexpr, FLOAT: gl.constexpr
 ):
-    """Begin to load a tile; returns its units, the states, where its raw planes stand, and the first in registers.
+    """Begin to load a tile; returns its units, the states, where its units stand, and what registers hold of the first.
 
     STAGES 1 keeps raw planes in registers, one unit ahead: fewest instructions, for a GPU that is full of warps. More
     go through a ring in shared memory, which hides latency where warps are few.
@@ -63,13 +64,15 @@ def begin_tile(
     head = (heads + tile.to(gl.int64) * (32 + units * (STAGE_BYTES // 4))).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     raw = head + 128
-    planes = load_unit(
-        raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, FLOAT if STAGES == 1 else False, False
-    )
+    on = (left > 0).to(gl.uint32)
+    planes = load_raw(raw, lane, on, RAW if STAGES == 1 else 0, False)
+    low = ((), ())
+    if FLOAT and STAGES == 1:
+        low = (load_low(raw, lane, on, 0, RAW, False), load_low(raw, lane, on, 1, RAW, False))
     for s in gl.static_range(STAGES - 1):
         stage_unit(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW, FLOAT)
         execute(lane, "cp.async.commit_group;")
-    return left, state, raw, planes
+    return left, state, raw, planes, low
 
 
 @gluon.jit
@@ -79,9 +82,9 @@ def multiply_tile(
     FLOAT: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Sums of this warp's tile, a chain of MMAs from zero."""
-    left, state, raw, planes = begun
+    left, state, raw, planes, low = begun
+    low0, low1 = low
     STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
-    LOW: gl.constexpr = max(1, RAW)
     one = gl.full_like(lane, 1)
     below = (one << lane) - 1
     on = only(rows_on, left > 0, COLUMN_BLOCKS)
@@ -95,10 +98,11 @@ def multiply_tile(
         on = only(rows_on, unit + 1 < left, COLUMN_BLOCKS)
         if STAGES == 1:
             plane = planes
-            planes = load_unit(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW, FLOAT, False)
+            planes = load_raw(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW, False)
         else:
             execute(lane, wait_text(STAGES - 2))
-            plane = load_unit(take, lane, one, RAW, FLOAT, True)
+            here = take
+            plane = load_raw(here, lane, one, RAW, True)
             ahead = (unit + STAGES - 1 < left).to(gl.uint32)
             stage_unit(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW, FLOAT)
             execute(lane, "cp.async.commit_group;")
@@ -116,7 +120,11 @@ def multiply_tile(
             )
             u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
         if FLOAT:
-            c = multiply_float_half(c, u, plane[LOW : LOW + 4], x0, COLUMN_BLOCKS, DTYPE)
+            if STAGES == 1:
+                c = multiply_float_half(c, u, low0, x0, COLUMN_BLOCKS, DTYPE)
+                low0 = load_low(raw, lane, (unit + 1 < left).to(gl.uint32), 0, RAW, False)
+            else:
+                c = multiply_float_half(c, u, load_low(here, lane, one, 0, RAW, True), x0, COLUMN_BLOCKS, DTYPE)
         else:
             c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
@@ -127,7 +135,11 @@ def multiply_tile(
             )
             u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
         if FLOAT:
-            c = multiply_float_half(c, u, plane[LOW + 4 : LOW + 8], x1, COLUMN_BLOCKS, DTYPE)
+            if STAGES == 1:
+                c = multiply_float_half(c, u, low1, x1, COLUMN_BLOCKS, DTYPE)
+                low1 = load_low(raw, lane, (unit + 1 < left).to(gl.uint32), 1, RAW, False)
+            else:
+                c = multiply_float_half(c, u, load_low(here, lane, one, 1, RAW, True), x1, COLUMN_BLOCKS, DTYPE)
         else:
             c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         if FLOAT and RAGGED:
