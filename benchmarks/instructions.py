@@ -25,21 +25,22 @@ from qat.report import environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = (Split(1, 3), Split(1, 4), Split(1, 5), Split(1, 7), Split(2, 4), Split(4, 3), Split(8, 0))
+FLOAT_SPLITS = (Split(2, 3), Split(4, 1), Split(4, 3), Split(8, 0))
 ALU = {"BMSK", "IADD3", "ISETP", "LEA", "LOP3", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIMNMX", "VOTE"}
 POINTERS = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "scale": "*fp32", "bias": "*fp16",
             "x": "*fp16", "y": "*fp16", "out": "*i8"}  # fmt: skip
 
 
-def compile_kernel(kernel: Any, split: Split, stages: int, capability: int) -> bytes:
-    """Machine code: of the fused kernel for one row of x in float16, of the decoder to INT8."""
+def compile_kernel(kernel: Any, split: Split, stages: int, capability: int, is_float: bool = False) -> bytes:
+    """Machine code: of the fused kernel for one row of x in float16, of the decoder to INT8 or float16."""
     # as it is where a tile has many words
     ring = split.coded_bits >= 4
     constants = {
         "TILES": 4, "SPAN": 1, "CODED": split.coded_bits, "RAW": split.raw_bits,
         "PRECISION": choose_probability_bits(split), "COLUMN_BLOCKS": 1, "HAS_BIAS": False, "BFLOAT16": False,
         "WARPS": 4, "STAGES": stages, "WORD_BYTES": 2048 if ring else 512, "WORD_RING": ring,
-        "OVERLAP": capability >= 90, "DTYPE": "i8", "LINES": True, "CACHE": "", "SHARED0": 4096, "SHARED1": 4096,
-        "SHARED2": 4096,
+        "OVERLAP": capability >= 90, "DTYPE": "f16" if is_float else "i8", "LINES": not is_float, "CACHE": "",
+        "FLOAT": is_float, "RAGGED": False, "SHARED0": 4096, "SHARED1": 4096, "SHARED2": 4096,
     }  # fmt: skip
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
@@ -89,14 +90,16 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for name, kernel in (("rows", rans_linear_kernel), ("decode", rans_decode_kernel)):
         found[name] = rows = []
-        for split in SPLITS:
+        kinds = [*((split, False) for split in SPLITS), *((split, True) for split in FLOAT_SPLITS)]
+        for split, is_float in kinds:
             for stages in (1,) if split.coded_bits >= 4 else (1, 3):
-                body = inner_loop(disassemble(compile_kernel(kernel, split, stages, args.capability)))
+                body = inner_loop(disassemble(compile_kernel(kernel, split, stages, args.capability, is_float)))
                 counts = Counter(op.split(".")[0] for op in body)
                 alu = sum(counts[op] for op in ALU)
                 rows.append(
                     {
-                        "split": str(split), "stages": stages, "instructions": len(body), "alu": alu,
+                        "split": f"{split} float" if is_float else str(split), "stages": stages,
+                        "instructions": len(body), "alu": alu,
                         "per_weight": round(len(body) / LANE_WEIGHTS, 3),
                         "alu_per_weight": round(alu / LANE_WEIGHTS, 3),
                     }

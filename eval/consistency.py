@@ -121,7 +121,9 @@ def _references(config: EvalConfig, folder: dict[str, Any], dtype: torch.dtype) 
 
 
 def _prepared(base: Any, quant: QuantConfig) -> nn.Module:
-    return prepare(load_model(base), quant).eval()
+    model = load_model(base)
+    # without quantisation all is stored as it is, or coded without loss
+    return (prepare(model, quant) if quant.enabled else model).eval()
 
 
 def _rounded(model: Any, stored: torch.dtype) -> Any:

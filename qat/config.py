@@ -42,6 +42,16 @@ class Profile(Enum):
     auto = "auto"
 
 
+class Lossless(Enum):
+    """Which 16-bit weights that are not quantised export codes without loss, instead of storing them plainly."""
+
+    none = "none"
+    embeddings = "embeddings"
+    """Input embedding and output head."""
+    all = "all"
+    """These and every linear layer; with quant=none the whole model, which then computes what it always did."""
+
+
 class LoggerMode(Enum):
     """Where W&B sends its data."""
 
@@ -212,13 +222,15 @@ class ExportConfig:
     overwrite: bool = False
     quant: QuantConfig = field(default_factory=QuantConfig)
     """For a Hugging Face folder; a checkpoint brings its own."""
+    lossless: Lossless = Lossless.none
+    """Weights to code without loss, bfloat16 at about 11 bits."""
     profile: Profile = Profile.compact
     units: int | None = None
     """Columns of a tile over 64: few for more tiles at once, many for fewer bits; null leaves it to the profile."""
     probability_bits: int | None = None
     """Precision of the frequency tables, 10 to 12; null takes what the kernels' shared memory favours."""
     dtype: str = "auto"
-    """Of the tensors that are not compressed: auto keeps them as trained; bfloat16 or float16 round them."""
+    """Of the tensors that are not quantised: auto keeps them as trained; bfloat16 or float16 round them."""
     shard_size: str = "5GB"
     workers: int | None = None
     """Threads; null takes every core."""

@@ -1,7 +1,8 @@
-"""Export: integers of a trained or plain checkpoint, coded tile by tile into a Hugging Face folder.
+"""Export: weights of a trained or plain checkpoint, coded tile by tile into a Hugging Face folder.
 
-Works layer by layer: a weight is read (memory-mapped), rounded, coded, decoded again and compared, and handed to the
-writer, so that memory holds one layer and one shard. The folder appears under its name only when complete.
+Works layer by layer: a weight is read (memory-mapped), rounded to integers or taken as it is, coded, decoded again
+and compared, and handed to the writer, so that memory holds one layer and one shard. The folder appears under its
+name only when complete.
 """
 
 import shutil
@@ -15,16 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from rans_kernels.checkpoint import FolderWriter, LayerEntry, open_shard, quantization_config, shard_of
-from rans_kernels.coder import EncodedTensor, decode_tiles, encode_tiles, entropy, weight_histogram
-from rans_kernels.coder.plan import choose_layout
-from rans_kernels.format import FormatError
+from rans_kernels.coder import (
+    EncodedTensor,
+    byte_histogram,
+    decode_tiles,
+    encode_tiles,
+    entropy,
+    high_bytes,
+    weight_histogram,
+)
+from rans_kernels.coder.plan import choose_float_layout, choose_layout
+from rans_kernels.format import FLOATS, FormatError, TileLayout
 from torch import Tensor, nn
 
 from qat.checkpoint import read_checkpoint
-from qat.config import ExportConfig, QuantConfig, to_plain
+from qat.config import ExportConfig, Lossless, QuantConfig, to_plain
 from qat.errors import UserError
 from qat.model_card import model_card
-from qat.quant import QATEmbedding, grid, prepare, quantize_weight, quantized_modules
+from qat.quant import QATEmbedding, QATLinear, exact_modules, grid, prepare, quantize_weight, quantized_modules
 from qat.report import print_table, track, write_json
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt", "chat_template*")
@@ -99,7 +108,7 @@ def export(config: ExportConfig) -> Path:
     dtype = parse_dtype(config.dtype)
     source = open_source(config)
     hf_config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    modules, tied = plan_modules(hf_config, source.quant)
+    modules, tied = plan_modules(hf_config, source.quant, config.lossless)
     weight_of = {f"{name}.weight": name for name in modules}
     if missing := sorted(set(weight_of) - set(source.names)):
         raise UserError(f"{config.source} has no tensor {missing[0]}: its names differ from those of the architecture")
@@ -113,7 +122,7 @@ def export(config: ExportConfig) -> Path:
         for key in track(sorted(source.names), "export", config.progress_bar):
             name = weight_of.get(key)
             if name is not None:
-                row, entry, buffers = export_layer(name, modules[name], source, config)
+                row, entry, buffers = export_layer(name, modules[name], source, config, dtype)
                 writer.add({f"{name}.{buffer}": tensor for buffer, tensor in buffers.items()})
                 layers[name] = entry
                 report.append(row)
@@ -144,18 +153,28 @@ def export(config: ExportConfig) -> Path:
     return output
 
 
-def plan_modules(hf_config: Any, quant: QuantConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Modules to compress by name, and heads that share an embedding's weight: {head: embedding}."""
+def plan_modules(hf_config: Any, quant: QuantConfig, lossless: Lossless) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Modules to compress by name, and heads that share an embedding's weight: {head: embedding}.
+
+    Raises:
+        UserError: there is nothing to compress.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
         model.tie_weights()
-        prepare(model, quant)
+        if quant.enabled:
+            prepare(model, quant)
+    chosen: dict[str, nn.Module] = dict(quantized_modules(model))
+    if lossless is not Lossless.none:
+        chosen |= exact_modules(model, ends_only=lossless is Lossless.embeddings)
+    if not chosen:
+        raise UserError(f"quant=none lossless={lossless.value} leaves nothing to compress: give another of the two")
     modules: dict[str, nn.Module] = {}
     owner: dict[int, str] = {}
     tied: dict[str, str] = {}
-    embeddings_first = sorted(quantized_modules(model).items(), key=lambda item: not isinstance(item[1], QATEmbedding))
+    embeddings_first = sorted(chosen.items(), key=lambda item: not isinstance(item[1], nn.Embedding))
     for name, module in embeddings_first:
         first = owner.setdefault(id(module.weight), name)
         if first == name:
@@ -166,24 +185,23 @@ def plan_modules(hf_config: Any, quant: QuantConfig) -> tuple[dict[str, nn.Modul
 
 
 def export_layer(
-    name: str, module: nn.Module, source: Source, config: ExportConfig
+    name: str, module: nn.Module, source: Source, config: ExportConfig, dtype: torch.dtype | None
 ) -> tuple[dict[str, Any], LayerEntry, dict[str, Tensor]]:
-    """Round, code and verify one weight: its row of the report, its entry, its buffers."""
+    """Code and verify one weight, rounded to integers if it is to be: its row of the report, its entry, its buffers."""
     begin = time.perf_counter()
-    log2_key = f"{name}.weight_log2_scale"
-    log2_scale = source.read(log2_key) if log2_key in source.names else None
-    q, scale = quantize_weight(source.read(f"{name}.weight"), source.quant, log2_scale, f"{name}.weight")
-    weights = q.numpy()
-    counts = weight_histogram(weights)
-    layout = choose_layout(counts, (q.shape[0], q.shape[1]), config.profile.value)
+    if isinstance(module, QATLinear | QATEmbedding):
+        weights, scale, layout, facts = plan_integers(name, source, config)
+        group_size = grid(source.quant)[1]
+    else:
+        weights, layout, facts = plan_floats(name, source, config, dtype)
+        scale, group_size = torch.ones(1, 1), None
     if config.units is not None:
         layout = replace(layout, units=config.units)
     if config.probability_bits is not None:
         layout = replace(layout, probability_bits=config.probability_bits)
     encoded = encode_tiles(weights, layout, config.workers)
     verify(name, weights, encoded, config.workers)
-    qmax, group_size = grid(source.quant)
-    kind = "embedding" if isinstance(module, QATEmbedding) else "linear"
+    kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
     bias = getattr(module, "bias", None) is not None
     entry, buffers = LayerEntry.describe(kind, encoded, scale, group_size, bias)
     row = {
@@ -191,19 +209,55 @@ def export_layer(
         "kind": kind,
         "shape": list(weights.shape),
         "weights": weights.size,
-        "entropy": round(entropy(counts), 4),
+        "dtype": layout.dtype,
+        "entropy": round(facts["entropy"], 4),
         "bits": round(8 * (encoded.nbytes + scale.nbytes) / weights.size, 4),
         "bytes": encoded.nbytes + scale.nbytes,
         "split": str(layout.split),
         "units": layout.units,
-        "clipped": round(float(counts[[128 - qmax, 128 + qmax]].sum() / weights.size), 8),
+        "clipped": round(facts["clipped"], 8),
         "seconds": round(time.perf_counter() - begin, 3),
     }
     return row, entry, buffers
 
 
+def plan_integers(
+    name: str, source: Source, config: ExportConfig
+) -> tuple[np.ndarray, Tensor, TileLayout, dict[str, float]]:
+    """A weight rounded to int8 [N, K], its scales, how to code it, and its entropy and share of clipped weights."""
+    log2_key = f"{name}.weight_log2_scale"
+    log2_scale = source.read(log2_key) if log2_key in source.names else None
+    q, scale = quantize_weight(source.read(f"{name}.weight"), source.quant, log2_scale, f"{name}.weight")
+    weights, (qmax, _) = q.numpy(), grid(source.quant)
+    counts = weight_histogram(weights)
+    clipped = float(counts[[128 - qmax, 128 + qmax]].sum() / weights.size)
+    layout = choose_layout(counts, (q.shape[0], q.shape[1]), config.profile.value)
+    return weights, scale, layout, {"entropy": entropy(counts), "clipped": clipped}
+
+
+def plan_floats(
+    name: str, source: Source, config: ExportConfig, dtype: torch.dtype | None
+) -> tuple[np.ndarray, TileLayout, dict[str, float]]:
+    """The bits of a weight, uint16 [N, K], how to code them, and their entropy: the high byte's, and 8.
+
+    Raises:
+        UserError: it is no 16-bit float, and `dtype` does not make it one.
+    """
+    weight = store_as(source.read(f"{name}.weight"), dtype)
+    kind = str(weight.dtype).removeprefix("torch.")
+    if kind not in FLOATS:
+        raise UserError(
+            f"{name}.weight is {kind}, and lossless={config.lossless.value} takes 16 bits: say dtype=bfloat16 to round "
+            "what is not quantised, or lossless=none to store it plainly"
+        )
+    bits = weight.view(torch.uint16).numpy()
+    counts = byte_histogram(high_bytes(bits))
+    layout = choose_float_layout(counts, (bits.shape[0], bits.shape[1]), config.profile.value, kind)
+    return bits, layout, {"entropy": entropy(counts) + 8, "clipped": 0.0}
+
+
 def verify(name: str, weights: np.ndarray, encoded: EncodedTensor, workers: int | None) -> None:
-    """Decode a weight and compare every integer.
+    """Decode a weight and compare every integer, or every bit.
 
     Raises:
         FormatError: they differ.
@@ -240,7 +294,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def stored_dtype(report: list[dict[str, Any]]) -> str:
-    """Widest float dtype among the plain tensors: what transformers loads them as."""
+    """Widest float dtype of what is not quantised: what transformers loads it as."""
     order = ["float16", "bfloat16", "float32"]
     return max((row["dtype"] for row in report if row.get("dtype") in order), key=order.index, default="float32")
 
@@ -253,6 +307,7 @@ def summarise(report: list[dict[str, Any]]) -> dict[str, Any]:
     size = sum(row["bytes"] for row in report)
     return {
         "compressed_weights": weights,
+        "lossless_weights": sum(row["weights"] for row in coded if row["dtype"] in FLOATS),
         "entropy": round(sum(row["entropy"] * row["weights"] for row in coded) / weights, 4),
         "bits": round(8 * sum(row["bytes"] for row in coded) / weights, 4),
         "parameters": everything,

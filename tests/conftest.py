@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from rans_kernels.format import Split, TileLayout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -73,8 +75,32 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             made[key] = folder = tmp_path_factory.mktemp("llama") / "model"
             torch.manual_seed(0)
-            LlamaForCausalLM(LlamaConfig(**(values | changes))).save_pretrained(folder)
+            model = LlamaForCausalLM(LlamaConfig(**(values | changes)))
+            model.to(getattr(torch, changes.get("dtype", "float32"))).save_pretrained(folder)
             PreTrainedTokenizerFast(tokenizer_object=train_bpe(TEXT, [EOS]), eos_token=EOS).save_pretrained(folder)
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def float_case() -> Callable[..., tuple[TileLayout, np.ndarray]]:
+    """Makes a layout of floats below 2 with windows here and there, and random bits that fill them, the top most."""
+
+    def make(
+        shape: tuple[int, int], split: Split, units: int = 2, dtype: str = "bfloat16", probability_bits: int = 12
+    ) -> tuple[TileLayout, np.ndarray]:
+        rng = np.random.default_rng(0)
+        width = 1 << max(0, split.raw_bits - 1)
+        count = min(1 << split.coded_bits - (split.raw_bits == 0), 64 // width)
+        windows = np.sort(rng.choice(64 // width, count, replace=False)) * width
+        window = count - np.minimum(rng.geometric(0.4, shape), count)
+        high = windows[window] + rng.integers(0, width, shape) | rng.integers(0, 2, shape) << 7
+        bits = (high << 8 | rng.integers(0, 256, shape)).astype(np.uint16)
+        # no multiples of the width: raw bits are added, not put beside
+        if width > 1:
+            windows[windows > 0] -= 1
+            bits[high % 128 >= width] -= 256
+        return TileLayout(shape, split, units, probability_bits, dtype, tuple(windows.tolist())), bits
 
     return make

@@ -1,4 +1,4 @@
-"""rANS-compressed INT8 weights: codec, kernels and runtime.
+"""rANS-compressed INT8 weights, and 16-bit floats without loss: codec, kernels and runtime.
 
 `import rans_kernels` makes `AutoModelForCausalLM.from_pretrained` read compressed folders. The import itself costs
 nothing: torch and transformers are loaded when first needed, so that `rans_kernels.format` works with numpy alone.

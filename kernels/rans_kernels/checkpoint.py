@@ -101,7 +101,7 @@ class LayerEntry:
         if entry.kind not in ("linear", "embedding") or entry.word_rows < 0:
             rows = f"{entry.word_rows} rows of words"
             raise FormatError(f"a layer's entry in config.json is damaged: kind {entry.kind!r}, {rows}")
-        if entry.scale_shape not in ((1, 1), (n, groups)):
+        if entry.scale_shape != (1, 1) and (layout.is_float or entry.scale_shape != (n, groups)):
             raise FormatError(f"scales of shape {entry.scale_shape} do not fit a weight of shape {layout.shape}")
         return entry
 
@@ -317,7 +317,7 @@ def check_buffers(name: str, entry: LayerEntry, buffers: dict[str, Tensor]) -> N
 
 
 def iterate_weights(folder: Path, workers: int | None = None) -> Iterator[tuple[str, LayerEntry, np.ndarray, Tensor]]:
-    """Decode every compressed weight of a folder in turn: name, entry, int8 [N, K], scales.
+    """Decode every compressed weight of a folder in turn: name, entry, int8 or bits [N, K], scales.
 
     Raises:
         FormatError: the first thing that is wrong with the folder.

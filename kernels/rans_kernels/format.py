@@ -3,7 +3,8 @@
 A weight matrix [N, K] of integers is cut into *tiles* of 16 rows x `units` * 64 columns, one for each warp of 32 lanes.
 A *unit* is 16 rows x 64 columns; a lane's 32 weights of it are the A operands of four m16n8k16 MMAs. A weight has
 `coded_bits` (C) coded and `raw_bits` (R) verbatim bits; a symbol, one byte, holds the coded bits of 8 / C weights. Each
-lane has a rANS state of 32 bits; the lanes of a tile share one stream of 16-bit words.
+lane has a rANS state of 32 bits; the lanes of a tile share one stream of 16-bit words. Of 16-bit floats the high byte
+is coded so, and the low byte stored beside the raw bits: nothing is lost.
 """
 
 import zlib
@@ -24,6 +25,11 @@ STATE_LOW = 1 << 16
 ROW_WORDS = 8
 """Words are counted in rows of 8, 16 bytes, the most that one instruction copies to shared memory."""
 CODED_BITS = (8, 4, 2, 1)
+FLOATS = {"bfloat16": 0x80, "float16": 0x7C}
+"""16-bit floats, and the high byte, without its sign, from which on they are not finite even if the low byte is 0."""
+DTYPES = ("int8", *FLOATS)
+LOW_ROWS = 8
+"""Head rows of a unit that hold the low bytes of its floats."""
 PROBABILITY_BITS = (10, 11, 12)
 
 
@@ -36,7 +42,8 @@ class Split:
     """How a weight divides into coded and raw bits.
 
     C = 1 with T = 2^(R-1): the coded bit says that w lies outside [-T, T); raw = w + T inside, w mod 2T outside.
-    Otherwise u = w + 2^(C+R-1), coded = u >> R, raw = u mod 2^R.
+    Otherwise u = w + 2^(C+R-1), coded = u >> R, raw = u mod 2^R. Floats have a u of their own
+    (`TileLayout.float_codes`).
     """
 
     coded_bits: int
@@ -87,12 +94,16 @@ class TileLayout:
         split: coded and raw bits.
         units: of a tile, along K; the last tile of a panel (16 rows) may have fewer.
         probability_bits: frequencies of the table add up to 2 ** probability_bits.
+        dtype: of the weights: int8, bfloat16 or float16.
+        windows: of floats, where the ranges begin that their high bytes, without the signs, lie in; a coded value each.
     """
 
     shape: tuple[int, int]
     split: Split
     units: int = 8
     probability_bits: int = 12
+    dtype: str = "int8"
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 0:
@@ -101,6 +112,20 @@ class TileLayout:
             raise FormatError(f"units is {self.units}; a tile has at least 1")
         if self.probability_bits not in PROBABILITY_BITS:
             raise FormatError(f"probability_bits is {self.probability_bits}; it is one of {PROBABILITY_BITS}")
+        if self.dtype not in DTYPES:
+            raise FormatError(f"no weights of dtype {self.dtype!r}: it is one of {DTYPES}")
+        if self.is_float and self.split.coded_bits == 1:
+            raise FormatError(f"{self.dtype} weights have no split {self.split}: coded_bits is 8, 4 or 2")
+        # a coded value each; without raw bits its lowest bit is the sign
+        most = 1 << self.split.coded_bits - (self.split.raw_bits == 0) if self.is_float else 0
+        ascend = all(a < b for a, b in zip((-1, *self.windows), (*self.windows, 128), strict=True))
+        if not ascend or not min(1, most) <= len(self.windows) <= most:
+            raise FormatError(f"windows {self.windows} are not up to {most} numbers from 0 to 127, ascending")
+
+    @property
+    def is_float(self) -> bool:
+        """True if weights are 16-bit floats, stored without loss."""
+        return self.dtype in FLOATS
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -132,9 +157,14 @@ class TileLayout:
         return LANE_WEIGHTS // self.split.symbol_weights
 
     @property
+    def unit_rows(self) -> int:
+        """Head rows of a unit: its raw plane, then the low bytes of floats."""
+        return self.split.raw_bits + (LOW_ROWS if self.is_float else 0)
+
+    @property
     def panel_rows(self) -> int:
         """Head rows of a panel."""
-        return self.grid[1] + self.panel_units * self.split.raw_bits
+        return self.grid[1] + self.panel_units * self.unit_rows
 
     @property
     def head_rows(self) -> int:
@@ -142,9 +172,40 @@ class TileLayout:
         return self.grid[0] * self.panel_rows
 
     def head_row(self, tile: int) -> int:
-        """First row of a tile's head: one row of states, then `raw_bits` rows a unit."""
+        """First row of a tile's head: one row of states, then `unit_rows` rows a unit."""
         panel, across = divmod(tile, self.grid[1])
-        return panel * self.panel_rows + across * (1 + self.units * self.split.raw_bits)
+        return panel * self.panel_rows + across * (1 + self.units * self.unit_rows)
+
+    def low_rows(self) -> NDArray[np.int64]:
+        """Rows of the low bytes of every unit, counted from the first head row of its panel: [panel_units, 8]."""
+        across, unit = np.divmod(np.arange(self.panel_units), self.units)
+        first = across * (1 + self.units * self.unit_rows) + 1 + unit * self.unit_rows + self.split.raw_bits
+        return first[:, None] + np.arange(LOW_ROWS)
+
+    @property
+    def window(self) -> int:
+        """High bytes, without their signs, of a window: those that the raw bits tell apart."""
+        return 1 << max(0, self.split.raw_bits - 1)
+
+    def float_codes(self) -> NDArray[np.int16]:
+        """The code u of every high byte of a float, [256]; -1 for those in no window.
+
+        u = (window << R - 1 | place in it) << 1 | sign; coded = u >> R, raw = u mod 2^R. If R > 0 the sign is the
+        lowest raw bit, and is stored one weight later in each quad: one rotation of a word then puts it on top of its
+        byte.
+        """
+        byte, starts = np.arange(256), np.array(self.windows)
+        window = np.searchsorted(starts, byte % 128, "right") - 1
+        place = byte % 128 - starts[window]
+        held = (window >= 0) & (place < self.window)
+        return np.where(held, (window * self.window + place) << 1 | byte >> 7, -1).astype(np.int16)
+
+    def float_bytes(self) -> NDArray[np.uint8]:
+        """The high byte of every code, [2^(C + R)]; for those that are not used, any."""
+        u = np.arange(1 << (self.split.coded_bits + self.split.raw_bits))
+        window, place = np.divmod(u >> 1, self.window)
+        starts = np.resize(np.array(self.windows), window[-1] + 1)
+        return ((starts[window] + place) & 0x7F | (u & 1) << 7).astype(np.uint8)
 
     def check(self, head_rows: int, word_rows: int, offsets: NDArray[np.integer], freqs: NDArray[np.integer]) -> None:
         """Check everything a decoder relies on to stay inside heads and words.
@@ -175,7 +236,8 @@ class TileLayout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        return {
+        floats = {"dtype": self.dtype, "windows": list(self.windows)} if self.is_float else {}
+        return floats | {
             "shape": list(self.shape),
             "coded_bits": self.split.coded_bits,
             "raw_bits": self.split.raw_bits,
@@ -193,7 +255,9 @@ class TileLayout:
         try:
             n, k = (int(size) for size in data["shape"])
             split = Split(int(data["coded_bits"]), int(data["raw_bits"]))
-            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]))
+            dtype = str(data.get("dtype", "int8"))
+            windows = () if dtype == "int8" else tuple(int(start) for start in data["windows"])
+            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]), dtype, windows)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise

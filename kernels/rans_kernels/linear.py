@@ -1,16 +1,17 @@
 """Modules whose weights stay compressed: CompressedLinear, CompressedEmbedding, and a head tied to the embedding.
 
 On a GPU a linear layer multiplies straight from its tiles. On the CPU, and for look-ups, weights are decoded once
-to INT8 and kept; what is computed with them is `dense.dequantize`, to the bit what the fake-quant training forward
-computes.
+and kept; what is computed with INT8 is `dense.dequantize`, to the bit what the fake-quant training forward computes,
+and with floats, which were coded without loss, what the uncompressed layer computes.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rans_kernels.dense import Int8Linear, int8_linear, look_up
+from rans_kernels.dense import Int8Linear, int8_linear, linear, look_up
 from rans_kernels.format import LANES, ROW_WORDS, TileLayout
 from rans_kernels.ops.coded import CodedWeight, backend_of
 from rans_kernels.ops.rans_decode import rans_decode
@@ -26,7 +27,7 @@ class CompressedWeight(nn.Module):
     Attributes:
         weight: the heads of the tiles, int32 [layout.head_rows, 32]; by its stock name, so that loaders which do not
         know the format stop at its shape. weight_words: int16 [word_rows, 8]. weight_offsets: int32 [tiles + 1].
-        weight_freqs: int16 [256]. weight_scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)].
+        weight_freqs: int16 [256]. weight_scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)]; of floats 1.
     """
 
     weight: Tensor
@@ -46,14 +47,14 @@ class CompressedWeight(nn.Module):
         self.register_buffer("weight_scale", torch.zeros(scale_shape, dtype=torch.float32))
         # derived, and dropped whenever the buffers move or change
         self._coded: CodedWeight | None = None
-        self._int8: Tensor | None = None
+        self._decoded: Tensor | None = None
 
     def _apply(self, fn, recurse=True):
-        self._coded = self._int8 = None
+        self._coded = self._decoded = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._coded = self._int8 = None
+        self._coded = self._decoded = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def prepare(self) -> CodedWeight:
@@ -71,15 +72,26 @@ class CompressedWeight(nn.Module):
         return self._coded
 
     def decode(self) -> Tensor:
-        """The integers, int8 [N, K], on the buffers' device."""
+        """The weight, [N, K] in the dtype that was coded, on the buffers' device."""
         return rans_decode(self.prepare())
 
     @property
+    def decoded(self) -> Tensor:
+        """The weight, decoded on first use and kept."""
+        if self._decoded is None:
+            self._decoded = self.decode()
+        return self._decoded
+
+    @property
     def weight_int8(self) -> Tensor:
-        """The integers, decoded on first use and kept."""
-        if self._int8 is None:
-            self._int8 = self.decode()
-        return self._int8
+        """The integers, decoded on first use and kept.
+
+        Raises:
+            TypeError: the weights are floats.
+        """
+        if self.layout.is_float:
+            raise TypeError(f"the weights are {self.layout.dtype}, coded without loss: there are no integers")
+        return self.decoded
 
     @property
     def stored_bytes(self) -> int:
@@ -89,16 +101,18 @@ class CompressedWeight(nn.Module):
 
     @property
     def backend(self) -> str:
-        """What a forward runs: cpu-int8 (decoded once), gluon-fused or triton-fused (portable)."""
+        """What a forward runs: cpu-int8 and the like (decoded once), gluon-fused, triton-fused, triton-decode."""
         if self.weight.device.type in ("cpu", "meta"):
-            return "cpu-int8"
-        return f"{backend_of(self.weight.device)}-fused"
+            return f"cpu-{self.layout.dtype}"
+        kernels = backend_of(self.weight.device)
+        return f"{kernels}-decode" if self.layout.is_float and kernels == "triton" else f"{kernels}-fused"
 
     def extra_repr(self) -> str:
         """Shape, coding, size and backend, shown by print(model)."""
         (n, k), layout = self.layout.shape, self.layout
         bits = 8 * self.stored_bytes / max(1, n * k)
-        coding = f"split={layout.split}, units={layout.units}, bits={bits:.2f}"
+        lossless = f"{layout.dtype}, " if layout.is_float else ""
+        coding = f"{lossless}split={layout.split}, units={layout.units}, bits={bits:.2f}"
         return f"in_features={k}, out_features={n}, {coding}, backend={self.backend}"
 
 
@@ -126,12 +140,16 @@ class CompressedLinear(CompressedWeight):
         return linear_from(self, x, self.bias)
 
     def to_int8(self) -> Int8Linear:
-        """The same layer with its integers kept dense: equal results to the bit, on the CPU and in the GPU kernels."""
-        return Int8Linear(self.decode(), self.weight_scale, self.bias, self.group_size, self.layout.units)
+        """The same layer with its integers kept dense: equal results to the bit, on the CPU and in the GPU kernels.
+
+        Raises:
+            TypeError: the weights are floats.
+        """
+        return Int8Linear(self.weight_int8, self.weight_scale, self.bias, self.group_size, self.layout.units)
 
 
 class CompressedEmbedding(CompressedWeight):
-    """Embedding whose rows are looked up in INT8, decoded once."""
+    """Embedding whose rows are looked up in INT8, or in the floats that were coded, decoded once."""
 
     def __init__(self, layout: TileLayout, word_rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
         """As CompressedWeight. Vectors come out in the default dtype of the time of construction."""
@@ -142,11 +160,13 @@ class CompressedEmbedding(CompressedWeight):
     @property
     def backend(self) -> str:
         """Always decoded once."""
-        return f"{self.weight.device.type}-int8"
+        return f"{self.weight.device.type}-{self.layout.dtype}"
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., D]."""
-        return look_up(ids, self.weight_int8, self.weight_scale, self.dtype, self.group_size)
+        if self.layout.is_float:
+            return F.embedding(ids, self.decoded).to(self.dtype)
+        return look_up(ids, self.decoded, self.weight_scale, self.dtype, self.group_size)
 
 
 class TiedLinear(nn.Module):
@@ -177,6 +197,8 @@ def linear_from(weight: CompressedWeight, x: Tensor, bias: Tensor | None) -> Ten
     """
     if not x.is_floating_point():
         raise TypeError(f"activations of a compressed layer are floats, got {x.dtype}")
+    if x.device.type == "cpu" and weight.layout.is_float:
+        return linear(x, weight.decoded.to(x.dtype), bias)
     if x.device.type == "cpu":
-        return int8_linear(x, weight.weight_int8, weight.weight_scale, bias, weight.group_size)
+        return int8_linear(x, weight.decoded, weight.weight_scale, bias, weight.group_size)
     return rans_linear(x, weight.prepare(), weight.weight_scale, bias, weight.group_size)

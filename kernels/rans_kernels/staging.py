@@ -39,7 +39,8 @@ class DecodeAhead:
     """Two buffers and a side stream for the layers of a model, in the order of their use.
 
     Another order is right too, but decodes in line. Not staged, and computed as ever: batches for the fused kernels,
-    layers with scales per group, inputs that need gradients, and what is compiled or captured in a CUDA graph.
+    layers with scales per group or of floats, inputs that need gradients, and what is compiled or captured in a CUDA
+    graph.
     """
 
     def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype):
@@ -49,7 +50,8 @@ class DecodeAhead:
             modules: those that are no CompressedLinear on the device of the first are left out.
             dtype: of activations.
         """
-        layers = [m for m in modules if isinstance(m, CompressedLinear) and m.group_size is None]
+        linear_layers = [m for m in modules if isinstance(m, CompressedLinear)]
+        layers = [m for m in linear_layers if m.group_size is None and not m.layout.is_float]
         self.layers = [m for m in layers if m.weight.device == layers[0].weight.device]
         self.dtype = dtype
         self.chunks = cut([self.size(layer) for layer in self.layers])

@@ -3,6 +3,7 @@
 from qat.quant.convert import (
     check_config,
     convert,
+    exact_modules,
     prepare,
     quantize_weight,
     quantized_modules,
@@ -21,6 +22,7 @@ __all__ = [
     "clipped_fraction",
     "convert",
     "entropy",
+    "exact_modules",
     "fake_quantize",
     "grid",
     "prepare",

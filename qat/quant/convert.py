@@ -120,6 +120,20 @@ def quantized_modules(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QATLinear | QATEmbedding)}
 
 
+def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, nn.Linear | nn.Embedding]:
+    """The stock layers that are not quantised, by name: input embedding, output head, and unless `ends_only` the rest.
+
+    Like `prepare` it takes nn.Linear itself, no subclass, and of the embeddings the input's alone.
+    """
+    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (module is embedding and _is_plain(module, nn.Embedding))
+        or (type(module) is nn.Linear and (module is head or not ends_only))
+    }
+
+
 def set_fake_quant(model: nn.Module, enabled: bool) -> None:
     """Compute with the quantised weights, or with the float masters."""
     for module in quantized_modules(model).values():

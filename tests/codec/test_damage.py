@@ -1,8 +1,11 @@
 """Damaged arrays are a clear error or a decode: never a crash, a hang, or an access outside them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from rans_kernels.coder import decode_tiles, encode_tiles
+from rans_kernels.coder import byte_histogram, decode_tiles, encode_tiles, high_bytes
+from rans_kernels.coder.plan import choose_float_layout
 from rans_kernels.coder.reference import decode_reference
 from rans_kernels.format import FormatError, Split, TileLayout
 
@@ -18,6 +21,15 @@ def encoded(seed: int):
     w = np.clip(np.rint(rng.normal(0, -split.low / 4, shape)), split.low, -split.low - 1).astype(np.int8)
     e = encode_tiles(w, layout, workers=1)
     return layout, w, {name: getattr(e, name) for name in NAMES}
+
+
+def encoded_floats(seed: int):
+    rng = np.random.default_rng(seed)
+    shape = ((40, 70), (257, 33), (16, 320), (63, 300))[seed % 4]
+    w = (rng.normal(0, 0.02, shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    layout = choose_float_layout(byte_histogram(high_bytes(w)), shape, ("compact", "fast")[seed // 4 % 2], "bfloat16")
+    e = encode_tiles(w, replace(layout, units=(1, 2, 16)[seed % 3]), workers=1)
+    return e.layout, w, {name: getattr(e, name) for name in NAMES}
 
 
 def mutate(rng, arrays):
@@ -61,7 +73,7 @@ def compiled(*arguments):
 
 def test_mutations_never_reach_outside():
     rng = np.random.default_rng(1)
-    subjects = [encoded(seed) for seed in range(16)]
+    subjects = [encoded(seed) for seed in range(16)] + [encoded_floats(seed) for seed in range(8)]
     errors = 0
     for i in range(MUTATIONS):
         layout, w, arrays = subjects[i % len(subjects)]
@@ -69,15 +81,16 @@ def test_mutations_never_reach_outside():
         one, other = (result(compiled, layout, arrays, poison) for poison in (0, -1))
         errors += isinstance(one, str)
         assert np.array_equal(one, other)
-        assert isinstance(one, str) or (one.shape == w.shape and one.dtype == np.int8)
+        assert isinstance(one, str) or (one.shape == w.shape and one.dtype == w.dtype)
     # most mutations are noticed by the coder alone; those in raw bits and padding are the checksum's (test_checkpoint)
     assert errors > MUTATIONS // 2
 
 
+@pytest.mark.parametrize("make", [encoded, encoded_floats])
 @pytest.mark.parametrize("seed", range(4))
-def test_reference_and_compiled_decoder_agree_on_damage(seed):
+def test_reference_and_compiled_decoder_agree_on_damage(seed, make):
     rng = np.random.default_rng(seed)
-    layout, _, arrays = encoded(seed)
+    layout, _, arrays = make(seed)
     for _ in range(40):
         damaged = mutate(rng, arrays)
         one, other = (result(decode, layout, damaged) for decode in (compiled, decode_reference))

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import rans_kernels
 import torch
 
 from eval.consistency import consistency
-from qat.config import EvalConfig, ExportConfig
+from qat.config import EvalConfig, ExportConfig, Lossless, QuantConfig
 from qat.errors import UserError
 from qat.export import export
 
@@ -62,7 +63,13 @@ def test_a_trained_checkpoint_is_what_was_exported_from_it(
     config: EvalConfig, checkpoint: Path, tmp_path: Path, dtype: str
 ) -> None:
     exported = tmp_path / "exported"
-    export(ExportConfig(source=str(checkpoint), output=str(exported), dtype=dtype, progress_bar=False))
+    # what was rounded to 16 bits can then be coded without loss
+    lossless = Lossless.none if dtype == "auto" else Lossless.embeddings
+    export(
+        ExportConfig(
+            source=str(checkpoint), output=str(exported), dtype=dtype, lossless=lossless, progress_bar=False
+        )
+    )  # fmt: skip
     config.base, config.checkpoint = None, str(checkpoint)
     # a folder made from something else
     assert consistency(config)["passed"] is False
@@ -70,6 +77,18 @@ def test_a_trained_checkpoint_is_what_was_exported_from_it(
     report = consistency(config)
     assert report["passed"]
     assert "base" not in report
+
+
+def test_a_model_coded_without_loss_is_its_base(
+    config: EvalConfig, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, exported = str(tiny_llama(dtype="bfloat16")), str(tmp_path / "exact")
+    quant = QuantConfig(enabled=False)
+    export(ExportConfig(source=source, output=exported, quant=quant, lossless=Lossless.all, progress_bar=False))
+    config.base, config.compressed = source, exported
+    report = consistency(config)
+    assert report["passed"]
+    assert report["base"]["logits"]["bit_equal"] and report["base"]["generation"]["divergent_tokens"] == 0
 
 
 @pytest.mark.parametrize(

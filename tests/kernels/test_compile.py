@@ -19,14 +19,17 @@ from rans_kernels.ops.rans_linear.triton import add_partial_kernel, rans_linear_
 tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32", "out": "*i8", "x": "*bf16",
            "scale": "*fp32", "partial": "*fp32", "y": "*bf16"}
 constants = {"UNITS": 16, "CODED": 4, "RAW": 3, "PROBABILITY_BITS": 12, "TILES": 4, "GROUP_SIZE": 32, "BLOCK_M": 2,
-             "SLICES": 2, "SCALED": True, "BLOCK": 256}
-for kernel in (rans_decode_kernel, rans_linear_kernel, add_partial_kernel):
+             "SLICES": 2, "SCALED": True, "BLOCK": 256, "FLOAT": False}
+for kernel in (rans_decode_kernel, rans_linear_kernel, add_partial_kernel, rans_decode_kernel):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else tensors.get(n, "i32") for n in names}
     used = {n: value for n, value in constants.items() if n in names}
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=used), target=target, options={"num_warps": 4})
     print(kernel.__name__, len(compiled.asm["cubin"]) > 0)
+    # the last one decodes floats
+    constants |= {"FLOAT": True}
+    tensors["out"] = "*i16"
 """
 
 
@@ -35,7 +38,7 @@ def test_portable_kernels_compile_without_a_gpu(capability):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE, str(capability)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    kernels = ("rans_decode_kernel", "rans_linear_kernel", "add_partial_kernel")
+    kernels = ("rans_decode_kernel", "rans_linear_kernel", "add_partial_kernel", "rans_decode_kernel")
     assert result.stdout.split() == [word for kernel in kernels for word in (kernel, "True")], result.stderr
 
 
@@ -54,13 +57,15 @@ tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32",
            "x": "*bf16", "y": "*bf16", "weight": "*i8", "out": "*i8", "descriptors": "*i64", "blocks": "*i32"}
 constants = {"CODED": 1, "RAW": 7, "PRECISION": 10, "COLUMN_BLOCKS": 2, "HAS_BIAS": True, "BFLOAT16": True, "WARPS": 4,
              "STAGES": 3, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "OVERLAP": capability >= 90,
-             "DTYPE": "i8", "LINES": True, "CACHE": "", "DESCRIPTOR": 13,
+             "DTYPE": "i8", "LINES": True, "CACHE": "", "DESCRIPTOR": 13, "FLOAT": False, "RAGGED": False,
              "SHARED0": 4096, "SHARED1": 2048, "SHARED2": 2048}
 half = {"DTYPE": "f16", "LINES": False, "STAGES": 1}
 compact = {"CODED": 8, "RAW": 0, "PRECISION": 12, "STAGES": 1, "WORD_BYTES": 2048, "WORD_RING": True}
-for kernel, others in ((rans_linear_kernel, {}), (rans_linear_grouped_kernel, {}), (int8_linear_kernel, {}),
-                       (rans_decode_kernel, {}), (rans_decode_kernel, half), (rans_decode_kernel, compact),
-                       (rans_decode_many_kernel, {})):
+floats = {"CODED": 2, "RAW": 3, "DTYPE": "bf16", "LINES": False, "FLOAT": True, "RAGGED": True}
+kinds = [(rans_linear_kernel, {}), (rans_linear_grouped_kernel, {}), (int8_linear_kernel, {}), (rans_decode_kernel, {}),
+         (rans_decode_kernel, half), (rans_decode_kernel, compact), (rans_decode_many_kernel, {}),
+         (rans_linear_kernel, floats), (rans_decode_kernel, floats)]
+for kernel, others in kinds:
     names = kernel.arg_names
     types = {n: tensors.get(n.rstrip("012"), "i32") for n in names}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
@@ -77,7 +82,8 @@ def test_warp_level_kernels_compile_without_a_gpu(capability):
     command = [sys.executable, "-c", COMPILE_GLUON, str(capability)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     kernels = ("rans_linear_kernel", "rans_linear_grouped_kernel", "int8_linear_kernel", "rans_decode_kernel",
-               "rans_decode_kernel", "rans_decode_kernel", "rans_decode_many_kernel")  # fmt: skip
+               "rans_decode_kernel", "rans_decode_kernel", "rans_decode_many_kernel", "rans_linear_kernel",
+               "rans_decode_kernel")  # fmt: skip
     # all of the shared memory is what the kernel asked for: the compiler adds none, the assembly may use it from 0
     assert result.stdout.split() == [word for name in kernels for word in (name, "32768", "True")], result.stderr
 

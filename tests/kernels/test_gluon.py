@@ -1,9 +1,12 @@
 """The warp-level kernels on a GPU: right, equal to the dense INT8 kernel to the bit, and the same in any batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from rans_kernels.coder import encode_tiles
+from rans_kernels.coder import byte_histogram, encode_tiles, high_bytes
+from rans_kernels.coder.plan import choose_float_layout
 from rans_kernels.dense import dequantize
 from rans_kernels.format import SPLITS, Split, TileLayout
 from rans_kernels.ops.coded import CodedWeight
@@ -171,6 +174,77 @@ def test_a_plan_runs_again_in_a_cuda_graph():
     graph.replay()
     for out, (_, w, *_) in zip(plan.out, cases, strict=True):
         assert torch.equal(out, w)
+
+
+FLOAT_SPLITS = [split for split in SPLITS if split.coded_bits > 1]
+
+
+def on_gpu(layout, bits):
+    """Coded floats on the GPU, and plain ones."""
+    e = encode_tiles(bits, layout)
+    arrays = (torch.from_numpy(a).cuda() for a in (e.heads, e.words, e.offsets, e.freqs))
+    return CodedWeight.check(*arrays, layout), torch.from_numpy(bits).cuda().view(getattr(torch, layout.dtype))
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("split", FLOAT_SPLITS, ids=str)
+def test_floats_of_every_split_multiply_and_decode(split, dtype, float_case):
+    coded, w = on_gpu(*float_case((63, 200), split, 2, dtype))
+    x, one = torch.randn(3, 200, device="cuda", dtype=w.dtype), torch.ones(1, 1, device="cuda")
+    assert same_bits(rans_decode(coded), w)
+    assert relative_error(rans_linear(x, coded, one), x, w, one) < tolerance(w.dtype)
+    # activations of another dtype: decoded and cast
+    wide = rans_linear(x.float(), coded, one)
+    assert wide.dtype == torch.float32 and relative_error(wide, x, w, one) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_pattern_is_decoded(dtype):
+    bits = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for profile in ("compact", "auto", "fast"):
+        layout = choose_float_layout(byte_histogram(high_bytes(bits)), bits.shape, profile, dtype)
+        coded, w = on_gpu(layout, bits)
+        assert same_bits(rans_decode(coded), w)
+
+
+# a ragged last tile, a ragged panel, one tile, many tiles a warp
+FLOAT_CASES = [
+    ((1, 1), Split(4, 1), 4, 1), ((257, 63), Split(2, 3), 1, 7), ((63, 257), Split(8, 0), 3, 8),
+    ((40, 5632), Split(2, 3), 11, 8), ((33, 8192), Split(4, 1), 3, 16), ((300, 2048), Split(2, 3), 6, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("shape", "split", "units", "rows"), FLOAT_CASES, ids=str)
+def test_float_product_is_right_and_the_same_in_any_batch_and_launch(shape, split, units, rows, dtype, float_case):
+    from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
+
+    coded, w = on_gpu(*float_case(shape, split, units, dtype, 10))
+    x, one = torch.randn(rows, shape[1], device="cuda", dtype=w.dtype), torch.ones(1, 1, device="cuda")
+    bias = torch.randn(shape[0], device="cuda", dtype=w.dtype)
+    # poison what the allocator hands out next
+    torch.full((1 << 22,), float("nan"), device="cuda")
+    y = rans_linear(x, coded, one, bias)
+    assert relative_error(y, x, w, one, bias) < tolerance(w.dtype)
+    for begin, end in {(0, 1), (rows // 2, rows), (rows - 1, rows)}:
+        assert torch.equal(rans_linear(x[begin:end], coded, one, bias), y[begin:end])
+    for warps, stages in ((1, 2), (2, 3), (4, 1), (8, 4)):
+        assert torch.equal(rans_linear_gluon(x, coded, one, bias, Launch(warps, stages, True)), y)
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    bits = np.full((32, 200), 0x3C00, np.uint16)
+    # the rest of the last unit and of the last tile is multiplied by 0, and is no part of any row
+    bits[3, 5], bits[20, 7] = 0x7C00, 0x7E00
+    layout = choose_float_layout(byte_histogram(high_bytes(bits)), bits.shape, "fast", "float16")
+    coded, w = on_gpu(replace(layout, units=3), bits)
+    y = rans_linear(torch.ones(1, 200, device="cuda", dtype=w.dtype), coded, torch.ones(1, 1, device="cuda"))
+    assert y[0, 3].isinf() and y[0, 20].isnan()
+    assert (y[0, [n for n in range(32) if n not in (3, 20)]] == 200).all()
 
 
 @pytest.mark.parametrize("value", [-3, 0])

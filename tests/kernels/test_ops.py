@@ -11,6 +11,7 @@ from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.int8_linear import int8_linear_tiled
 from rans_kernels.ops.rans_decode import rans_decode, rans_decode_many, rans_dequantize
 from rans_kernels.ops.rans_linear import rans_linear
+from torch.nn import functional as F
 
 LAYOUT = TileLayout((33, 200), Split(4, 1), 2)
 
@@ -111,3 +112,30 @@ def test_a_layer_and_its_dense_twin_agree():
     assert isinstance(twin, Int8Linear) and twin.units == LAYOUT.units
     assert torch.equal(twin.weight_int8, w)
     assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_floats_multiply_as_the_plain_weight(dtype, float_case):
+    layout, bits = float_case((33, 200), Split(2, 3), 2, dtype)
+    w = torch.from_numpy(bits).view(getattr(torch, dtype))
+    e = encode_tiles(bits, layout)
+    coded = CodedWeight.check(*(torch.from_numpy(a) for a in (e.heads, e.words, e.offsets, e.freqs)), layout)
+    one, bias = torch.ones(1, 1), torch.randn(33).to(w.dtype)
+    assert torch.equal(rans_decode(coded), w)
+    for x_dtype in (w.dtype, torch.float32):
+        x = torch.randn(3, 200).to(x_dtype)
+        assert torch.equal(rans_linear(x, coded, one, bias), F.linear(x, w.to(x_dtype), bias.to(x_dtype)))
+    arrays = (coded.heads, coded.words, coded.offsets, coded.table)
+    torch.library.opcheck(
+        torch.ops.rans_kernels.rans_linear.default, (x, *arrays, one, None, coded.numbers, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("windows", [(), (0, 60)])
+def test_what_operators_are_given_becomes_the_layout_again(windows):
+    dtype = "bfloat16" if windows else "int8"
+    layout = TileLayout((33, 200), Split(4, 1), 2, 10, dtype, windows)
+    coded = CodedWeight(*[torch.empty(0)] * 4, layout, 7)
+    again = CodedWeight.of(*[torch.empty(0)] * 4, coded.numbers)
+    assert again.layout == layout and again.word_rows == 7

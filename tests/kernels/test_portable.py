@@ -29,7 +29,7 @@ def encode(weights, split, units, probability_bits=12):
     layout = TileLayout(weights.shape, split, units, probability_bits)
     e = encode_tiles(weights, layout)
     heads, words, offsets, freqs = (torch.from_numpy(a).to(DEVICE) for a in (e.heads, e.words, e.offsets, e.freqs))
-    return heads, words, offsets, slot_table(freqs), layout
+    return heads, words, offsets, slot_table(freqs, layout), layout
 
 
 def decodes_to(weights, *coded):
@@ -128,6 +128,22 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(group_size):
     y = multiply(x, coded, scale, group_size)
     for begin, end in ((0, 1), (3, 5), (4, 7)):
         assert torch.equal(multiply(x[begin:end], coded, scale, group_size), y[begin:end])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "split", [Split(8, 0), Split(4, 0), Split(4, 1), Split(4, 3), Split(2, 3), Split(2, 5)], ids=str
+)
+def test_decode_kernel_equals_the_floats(split, dtype, float_case):
+    layout, w = float_case((33, 200), split, 2, str(dtype).removeprefix("torch."))
+    e = encode_tiles(w, layout)
+    heads, words, offsets, freqs = (torch.from_numpy(a).to(DEVICE) for a in (e.heads, e.words, e.offsets, e.freqs))
+    decoded = rans_decode_triton(heads, words, offsets, slot_table(freqs, layout), layout)
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded.cpu().view(torch.int16), torch.from_numpy(w).view(torch.int16))
+    assert torch.equal(
+        rans_decode_naive(heads, words, offsets, freqs, layout).view(torch.int16), decoded.cpu().view(torch.int16)
+    )
 
 
 @pytest.mark.gpu

@@ -36,11 +36,11 @@ def decode_tiles(
     offsets: NDArray[np.int32],
     freqs: NDArray[np.int16],
     workers: int | None = None,
-) -> NDArray[np.int8]:
-    """Decode a weight matrix: int8 [N, K].
+) -> NDArray[np.int8] | NDArray[np.uint16]:
+    """Decode a weight matrix: int8 [N, K], or of floats their bits, uint16.
 
     Args:
-        layout: shape, split, units and precision.
+        layout: shape, split, units, precision and dtype.
         heads: int32 [layout.head_rows, 32].
         words: int16 [rows, 8].
         offsets: int32 [tiles + 1].
@@ -62,7 +62,7 @@ def decode_tiles(
     heads, words = np.ascontiguousarray(heads), np.ascontiguousarray(words)
     args = (
         heads.view(np.uint32).reshape(-1), words.view(np.uint16).reshape(-1), _slots(freqs), layout.probability_bits,
-        layout.most_units, layout.split.coded_bits, layout.split.raw_bits,
+        layout.most_units, layout.split.coded_bits, layout.split.raw_bits, layout.unit_rows, layout.is_float,
         *raw_pieces(layout.split.raw_bits), quads,
         _values(layout), out,
     )  # fmt: skip
@@ -78,6 +78,31 @@ def decode_tiles(
         for fault, tile in pool.map(decode, runs):
             if fault:
                 raise FormatError(f"the stream of tile {tile} is damaged: {_FAULTS[fault]}")
+        return _join_low(layout, heads, out.view(np.uint8), pool) if layout.is_float else out
+
+
+def _join_low(
+    layout: TileLayout, heads: NDArray[np.int32], high: NDArray[np.uint8], pool: ThreadPoolExecutor
+) -> NDArray[np.uint16]:
+    """Bits of floats from their high bytes [N, K] and the low ones in the heads, some panels at a time."""
+    out = np.empty(layout.shape, np.uint16)
+    if not layout.tiles:
+        return out
+    panels, units, rows = layout.grid[0], layout.panel_units, layout.low_rows()
+    heads = heads.reshape(panels, -1, LANES)
+    step = max(1, RUN_UNITS // units)
+
+    def join(first: int) -> None:
+        target = out[first * UNIT_ROWS : (first + step) * UNIT_ROWS]
+        # [panel, unit, h, lane // 4, lane % 4, r]: the eight columns of a lane's row at once (lane_positions)
+        eights = heads[first : first + step, rows].view(np.uint64).reshape(-1, units, 2, 8, 4, 2)
+        low = np.ascontiguousarray(eights.transpose(0, 5, 3, 1, 2, 4)).view(np.uint8)
+        low = low.reshape(-1, units * UNIT_COLUMNS)[: target.shape[0], : target.shape[1]]
+        target[:] = high[first * UNIT_ROWS : (first + step) * UNIT_ROWS]
+        target <<= 8
+        target |= low
+
+    list(pool.map(join, range(0, panels, step)))
     return out
 
 
@@ -90,9 +115,11 @@ def _slots(freqs: NDArray[np.int16]) -> NDArray[np.int64]:
 
 
 def _values(layout: TileLayout) -> NDArray[np.int8]:
-    """Weight for coded << raw_bits | raw."""
+    """Weight, or the high byte of a float, for coded << raw_bits | raw."""
     c, r = layout.split.coded_bits, layout.split.raw_bits
     code = np.arange(1 << (c + r))
+    if layout.is_float:
+        return layout.float_bytes().view(np.int8)
     if c > 1:
         return (code - (1 << (c + r - 1))).astype(np.int8)
     half = 1 << (r - 1)
@@ -143,6 +170,15 @@ def _unit_quads(symbols, plane, coded_bits, raw_bits, piece_quad, shifts, widths
 
 
 @njit(nogil=True, cache=True)
+def _return_signs(quad):
+    """Move the lowest bit of every byte of a unit's quads to the byte before it, that of the first to the last."""
+    for j in range(quad.shape[0]):
+        for lane in range(quad.shape[1]):
+            signs = quad[j, lane] & 0x01010101
+            quad[j, lane] ^= signs ^ (signs >> 8 | (signs << 24 & 0xFFFFFFFF))
+
+
+@njit(nogil=True, cache=True)
 def _store(block, values, out):
     """Weights of a unit, cut off at the edges of the matrix."""
     for r in range(out.shape[0]):
@@ -153,7 +189,7 @@ def _store(block, values, out):
 
 @njit(nogil=True, cache=True)
 def _decode_run(
-    places, heads, words, slots, probability_bits, units, coded_bits, raw_bits,
+    places, heads, words, slots, probability_bits, units, coded_bits, raw_bits, unit_rows, is_float,
     piece_quad, shifts, widths, bits, piece_word, quads, values, out,
 ):  # fmt: skip
     """Decode tiles into `out`; (fault, index of the tile), fault 0 if all is well."""
@@ -179,11 +215,13 @@ def _decode_run(
             return _WORDS_LEFT, i
         row = panel * UNIT_ROWS
         for u in range(live):
-            head += plane if u else LANES
+            head += unit_rows * LANES if u else LANES
             _unit_quads(
                 symbols[u * unit_symbols : (u + 1) * unit_symbols], heads[head : head + plane], coded_bits, raw_bits,
                 piece_quad, shifts, widths, bits, piece_word, quad,
             )  # fmt: skip
+            if is_float and raw_bits:
+                _return_signs(quad)
             for j in range(quads.shape[0]):
                 for lane in range(quads.shape[1]):
                     block_quads[quads[j, lane]] = quad[j, lane]

@@ -12,8 +12,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from rans_kernels.coder.tables import cumulative, normalise_frequencies
+from rans_kernels.coder.tables import byte_histogram, cumulative, high_bytes, normalise_frequencies
 from rans_kernels.format import (
+    FLOATS,
     LANE_WEIGHTS,
     LANES,
     ROW_WORDS,
@@ -54,31 +55,28 @@ class EncodedTensor:
         return self.heads.nbytes + self.words.nbytes + self.offsets.nbytes + self.freqs.nbytes
 
 
-def encode_tiles(weights: NDArray[np.int8], layout: TileLayout, workers: int | None = None) -> EncodedTensor:
+def encode_tiles(weights: NDArray[np.integer], layout: TileLayout, workers: int | None = None) -> EncodedTensor:
     """Encode a weight matrix.
 
     Args:
-        weights: int8 [N, K], within the range of the layout's split.
+        weights: int8 [N, K], or uint16, the bits of floats, within the range of the layout's split.
         layout: of the same shape.
         workers: threads; None takes every core.
 
     Raises:
         FormatError: wrong dtype or shape, a weight out of range, or 2^31 or more rows.
     """
-    if weights.dtype != np.int8 or weights.shape != layout.shape:
-        raise FormatError(f"expected int8 weights of shape {layout.shape}, got {weights.dtype} {weights.shape}")
-    if weights.size and not layout.split.holds(int(weights.min()), int(weights.max())):
-        low = layout.split.low
-        raise FormatError(
-            f"weights from {weights.min()} to {weights.max()} do not fit split {layout.split} ({low} to {-low - 1})"
-        )
-    encoder = _Encoder(np.ascontiguousarray(weights), layout)
+    expected = np.dtype(np.uint16 if layout.is_float else np.int8)
+    if weights.dtype != expected or weights.shape != layout.shape:
+        raise FormatError(f"expected {expected} weights of shape {layout.shape}, got {weights.dtype} {weights.shape}")
+    encoder = (_FloatEncoder if layout.is_float else _IntegerEncoder)(weights, layout)
     step = max(1, RUN_UNITS // layout.units)
     runs = [range(t, min(t + step, layout.tiles)) for t in range(0, layout.tiles, step)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         counts = sum(pool.map(encoder.count, runs), np.zeros(256, np.int64))
         freqs = normalise_frequencies(counts, layout.probability_bits)
         encoded = list(pool.map(lambda run: encoder.encode(run, freqs), runs))
+        encoder.store_low(pool)
     offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(sizes for _, sizes in encoded)]))
     if offsets[-1] >= 2**31:
         raise FormatError(f"a layer of shape {layout.shape} needs more than 2^31 rows")
@@ -87,15 +85,14 @@ def encode_tiles(weights: NDArray[np.int8], layout: TileLayout, workers: int | N
 
 
 class _Encoder:
-    """A matrix, the heads of its tiles, and look-up tables in the form the compiled loops take."""
+    """A matrix of bytes, the heads of its tiles, and look-up tables in the form the compiled loops take."""
 
-    def __init__(self, weights: NDArray[np.int8], layout: TileLayout):
+    def __init__(self, weights: NDArray[np.integer], layout: TileLayout, codes: NDArray[np.uint8], outside: int):
+        """Args: weights: or high bytes. codes: of every byte. outside: the byte that stands around the matrix."""
         self.weights, self.layout = weights, layout
         self.units = layout.most_units
         self.heads = np.empty((layout.head_rows, LANES), np.int32)
-        coded, raw = layout.split.parts(np.arange(-128, 128))
-        # by the weight's byte; what lies outside the split's range is never looked up
-        self.codes = np.roll(coded << layout.split.raw_bits | raw, 128)
+        self.codes = np.append(codes, codes[outside])
         # weights 4 j to 4 j + 3 of a lane stand side by side, a quad of 32 bits
         row, column = np.moveaxis(lane_positions()[:, ::4], -1, 0)
         self.quads = np.ascontiguousarray((row * self.units * UNIT_COLUMNS + column).T // 4)
@@ -121,18 +118,75 @@ class _Encoder:
         sizes = np.empty(len(run), np.int64)
         rows = _encode_run(  # type: ignore[call-arg]
             *self._run(run), *self.pieces, f, cumulative(freqs)[:256], 1 / np.maximum(f, 1), layout.probability_bits,
-            most, head_rows, self.heads.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1), sizes,
+            most, head_rows, layout.unit_rows, layout.is_float,
+            self.heads.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1), sizes,
         )  # fmt: skip
         return out[:rows].copy(), sizes
+
+    def store_low(self, pool: ThreadPoolExecutor) -> None:
+        """Store the low bytes; integers have none."""
+
+
+class _IntegerEncoder(_Encoder):
+    """Of int8."""
+
+    def __init__(self, weights: NDArray[np.integer], layout: TileLayout):
+        split = layout.split
+        if weights.size and not split.holds(int(weights.min()), int(weights.max())):
+            raise FormatError(
+                f"weights from {weights.min()} to {weights.max()} do not fit split {split} "
+                f"({split.low} to {-split.low - 1})"
+            )
+        coded, raw = split.parts(np.arange(-128, 128))
+        # by the weight's byte; what lies outside the split's range is never looked up
+        codes = np.roll(coded << split.raw_bits | raw, 128)
+        super().__init__(np.ascontiguousarray(weights), layout, codes, 0)
+
+
+class _FloatEncoder(_Encoder):
+    """Of 16-bit floats: their high bytes; low bytes go to the heads as they are."""
+
+    def __init__(self, bits: NDArray[np.integer], layout: TileLayout):
+        self.bits, high = bits, high_bytes(bits)
+        counts = byte_histogram(high)
+        codes = layout.float_codes()
+        if outside := np.flatnonzero((counts > 0) & (codes < 0)).tolist():
+            raise FormatError(
+                f"weights with the high byte {outside[0] % 128} are in none of the windows {layout.windows} "
+                f"of split {layout.split}"
+            )
+        # the cheapest, but finite: kernels multiply what is beyond the last column by 0
+        finite = counts * (np.arange(256) % 128 < FLOATS[layout.dtype])
+        usual = int(np.argmax(finite if finite.any() else counts))
+        super().__init__(high.view(np.int8), layout, codes.astype(np.uint8), usual)
+
+    def store_low(self, pool: ThreadPoolExecutor) -> None:
+        """Store the low bytes, some panels at a time."""
+        panels, units = self.layout.grid[0], self.layout.panel_units
+        if not self.layout.tiles:
+            return
+        heads, rows = self.heads.reshape(panels, -1, LANES), self.layout.low_rows()
+        step = max(1, RUN_UNITS // units)
+
+        def store(first: int) -> None:
+            target = heads[first : first + step]
+            low = self.bits[first * UNIT_ROWS : (first + step) * UNIT_ROWS].astype(np.uint8)
+            padded = np.zeros((len(target) * UNIT_ROWS, units * UNIT_COLUMNS), np.uint8)
+            padded[: low.shape[0], : low.shape[1]] = low
+            # [panel, r, lane // 4, unit, h, lane % 4]: the eight columns of a lane's row at once (lane_positions)
+            eights = padded.view(np.uint64).reshape(-1, 2, 8, units, 2, 4).transpose(0, 3, 4, 2, 5, 1)
+            target[:, rows] = np.ascontiguousarray(eights).view(np.int32).reshape(len(target), *rows.shape, LANES)
+
+        list(pool.map(store, range(0, panels, step)))
 
 
 @njit(nogil=True, cache=True)
 def _copy_codes(weights, first_row, first_column, width, codes, out):
-    """Coded and raw bits of a tile of `width` columns; weights outside the matrix are 0."""
+    """Coded and raw bits of a tile of `width` columns; the last of the codes stands outside the matrix."""
     rows = min(UNIT_ROWS, weights.shape[0] - first_row)
     columns = min(width, weights.shape[1] - first_column)
     if rows < UNIT_ROWS or columns < width:
-        out[:] = codes[0]
+        out[:] = codes[-1]
     for r in range(rows):
         source = weights[first_row + r, first_column : first_column + columns]
         target = out[r * width : r * width + columns]
@@ -146,6 +200,15 @@ def _unit_quads(tile, unit, quads, out):
     for j in range(quads.shape[0]):
         for lane in range(quads.shape[1]):
             out[j, lane] = tile[unit * (UNIT_COLUMNS // 4) + quads[j, lane]]
+
+
+@njit(nogil=True, cache=True)
+def _turn_signs(quad):
+    """Move the lowest bit of every byte of a unit's quads to the byte after it, that of the last to the first."""
+    for j in range(quad.shape[0]):
+        for lane in range(quad.shape[1]):
+            signs = quad[j, lane] & 0x01010101
+            quad[j, lane] ^= signs ^ (signs << 8 & 0xFFFFFFFF | signs >> 24)
 
 
 @njit(nogil=True, cache=True)
@@ -219,7 +282,7 @@ def _encode_symbols(symbols, freq, start, inverse, probability_bits, words):
 @njit(nogil=True, cache=True)
 def _encode_run(
     weights, places, units, codes, quads, coded_bits, raw_bits, piece_quad, shifts, widths, bits, piece_word,
-    freq, start, inverse, probability_bits, most, head_rows, heads, out, sizes,
+    freq, start, inverse, probability_bits, most, head_rows, unit_rows, is_float, heads, out, sizes,
 ):  # fmt: skip
     """Encode tiles into `heads` and `out`; returns the rows of words written."""
     width, unit_symbols = units * UNIT_COLUMNS, LANE_WEIGHTS * coded_bits // 8
@@ -232,8 +295,10 @@ def _encode_run(
         head = head_rows[i] * LANES
         for u in range(live):
             _unit_quads(tile.view(np.uint32), u, quads, quad)
+            if is_float and raw_bits:
+                _turn_signs(quad)
             _unit_symbols(quad, coded_bits, raw_bits, symbols[u * unit_symbols : (u + 1) * unit_symbols])
-            plane = head + LANES + u * raw_bits * LANES
+            plane = head + LANES + u * unit_rows * LANES
             _pack_raw(
                 quad, piece_quad, shifts, widths, bits, piece_word, heads[plane : plane + raw_bits * LANES]
             )  # fmt: skip

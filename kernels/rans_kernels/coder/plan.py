@@ -47,7 +47,11 @@ def choose_split(counts: NDArray[np.int64], profile: str) -> Split:
     """
     present = np.flatnonzero(counts) - 128
     low, high = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
-    bits = {split: split_bits(counts, split) for split in SPLITS if split.holds(low, high)}
+    return _best_split({split: split_bits(counts, split) for split in SPLITS if split.holds(low, high)}, profile)
+
+
+def _best_split(bits: dict[Split, float], profile: str) -> Split:
+    """The split for a profile, from the bits a weight that each would cost."""
     fewest = min(bits.values())
     if profile == "compact":
         near = (split for split, b in bits.items() if b <= fewest + COMPACT_BITS)
@@ -96,3 +100,65 @@ def choose_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: st
     """
     split = choose_split(counts, profile)
     return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split))
+
+
+def choose_float_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str, dtype: str) -> TileLayout:
+    """Everything about how a layer of 16-bit floats is coded; profiles as for integers.
+
+    Args:
+        counts: histogram of the high bytes, [256].
+        shape: (N, K) of the weight.
+        profile: compact, fast or auto.
+        dtype: bfloat16 or float16.
+    """
+    found = ((split, float_layout(counts, shape, profile, dtype, split)) for split in SPLITS if split.coded_bits > 1)
+    layouts = {split: layout for split, layout in found if layout}
+    return layouts[_best_split({split: float_bits(counts, layout) for split, layout in layouts.items()}, profile)]
+
+
+def float_layout(
+    counts: NDArray[np.int64], shape: tuple[int, int], profile: str, dtype: str, split: Split
+) -> TileLayout | None:
+    """The cheapest layout of floats with a split, None if it cannot hold them; arguments as `choose_float_layout`."""
+    windows = choose_windows(counts.reshape(2, 128).sum(0), split)
+    if windows is None:
+        return None
+    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split), dtype, windows)
+
+
+def float_bits(counts: NDArray[np.int64], layout: TileLayout) -> float:
+    """Bits a weight of a layout of floats under an ideal code; counts: histogram of the high bytes, [256]."""
+    coded = layout.float_codes().clip(0) >> layout.split.raw_bits
+    # a row a unit is a bit a weight; to a hundredth, as splits closer than that differ by their tables
+    return round(entropy(np.bincount(coded, weights=counts)) + layout.unit_rows, 2)
+
+
+def choose_windows(counts: NDArray[np.int64], split: Split) -> tuple[int, ...] | None:
+    """The windows of the shortest code for floats, where each begins, or None if the split cannot hold them.
+
+    Args:
+        counts: histogram of the high bytes without their signs, [128].
+        split: says how many windows there can be, and how wide they are.
+    """
+    values = np.flatnonzero(counts).tolist() or [0]
+    most, width = 1 << split.coded_bits - (split.raw_bits == 0), 1 << max(0, split.raw_bits - 1)
+    if width == 1:
+        return tuple(values) if len(values) <= most else None
+    before = np.concatenate([[0], np.cumsum(counts[values])]).tolist()
+
+    def saved(first: int, last: int) -> float:
+        count = before[last] - before[first]
+        return count * float(np.log2(max(1, count)))
+
+    # by the number of values that are covered: what is saved, and the windows
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for _ in range(most):
+        longer = dict(best)
+        for first, (sum_saved, windows) in best.items():
+            for last in range(first + 1, len(values) + 1):
+                if values[last - 1] - values[first] >= width:
+                    break
+                found = sum_saved + saved(first, last), (*windows, values[first])
+                longer[last] = max(longer.get(last, found), found)
+        best = longer
+    return best[len(values)][1] if len(values) in best else None

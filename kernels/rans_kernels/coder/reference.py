@@ -16,28 +16,31 @@ def decode_reference(
     words: NDArray[np.int16],
     offsets: NDArray[np.int32],
     freqs: NDArray[np.int16],
-) -> NDArray[np.int8]:
-    """Decode a weight matrix: int8 [N, K]. Arguments and errors as `decode_tiles`."""
+) -> NDArray[np.int8] | NDArray[np.uint16]:
+    """Decode a weight matrix: int8 [N, K], or of floats their bits, uint16. Arguments and errors as `decode_tiles`."""
     layout.check(len(heads), len(words), offsets, freqs)
     n, k = layout.shape
     panels, panel_units = (n + 15) // 16, (k + 63) // 64
-    padded = np.zeros((panels * 16, panel_units * 64), np.int8)
+    padded = np.zeros((panels * 16, panel_units * 64), np.uint16 if layout.is_float else np.int8)
     lane, head, tile = np.arange(32), 0, 0
     for panel in range(panels):
         for first in range(0, panel_units, layout.units):
             units = min(layout.units, panel_units - first)
             states = heads[head].view(np.uint32)
-            planes = heads[head + 1 : head + 1 + units * layout.split.raw_bits].view(np.uint32)
+            unit_rows = layout.split.raw_bits + (8 if layout.is_float else 0)
+            rows = heads[head + 1 : head + 1 + units * unit_rows].view(np.uint32).reshape(units, -1)
+            planes, low = rows[:, : 32 * layout.split.raw_bits], rows[:, 32 * layout.split.raw_bits :]
             stream = words[offsets[tile] : offsets[tile + 1]].view(np.uint16).reshape(-1)
             coded = _coded_bits(states, stream, units, layout, freqs)
-            weights = _combine(coded, _raw_bits(planes.reshape(units, -1), layout.split.raw_bits), layout)
+            raw = _raw_bits(planes, layout.split.raw_bits)
+            weights = _combine_floats(coded, raw, low, layout) if layout.is_float else _combine(coded, raw, layout)
             for u in range(units):
                 for e in range(32):
                     h, r, c = e // 16, e // 8 % 2, e % 8
                     row = 16 * panel + lane // 4 + 8 * r
                     column = 64 * (first + u) + 32 * h + 8 * (lane % 4) + c
                     padded[row, column] = weights[u, e]
-            head += 1 + units * layout.split.raw_bits
+            head += 1 + units * unit_rows
             tile += 1
     return padded[:n, :k].copy()
 
@@ -108,3 +111,21 @@ def _combine(coded: NDArray[np.int64], raw: NDArray[np.int64], layout: TileLayou
     # outside [-half, half) lie [half, 2 half) and [-2 half, -half): raw is the weight modulo 2 half
     outside = np.where(raw >= half, raw, raw - 2 * half)
     return np.where(coded == 1, outside, raw - half).astype(np.int8)
+
+
+def _combine_floats(
+    coded: NDArray[np.int64], raw: NDArray[np.int64], low: NDArray[np.uint32], layout: TileLayout
+) -> NDArray[np.uint16]:
+    """Bits of floats, [units, 32 weights, 32 lanes], from their coded and raw bits and the words of their low bytes."""
+    r, lane = layout.split.raw_bits, np.arange(32)
+    bits, windows = np.empty(coded.shape, np.uint16), np.zeros(256, np.int64)
+    windows[: len(layout.windows)] = layout.windows
+    for e in range(32):
+        j, i = divmod(e, 4)
+        u = coded[:, e] << r | raw[:, e]
+        # raw signs stand with the next weight of the four
+        sign = raw[:, 4 * j + (i + 1) % 4] % 2 if r else u % 2
+        word = low[:, 128 * (j // 4) + 4 * lane + j % 4]
+        window, place = np.divmod(u // 2, 2 ** max(0, r - 1))
+        bits[:, e] = sign << 15 | (windows[window] + place) % 128 << 8 | word >> (8 * i) & 0xFF
+    return bits

@@ -51,10 +51,22 @@ def entropy(counts: NDArray[np.integer]) -> float:
     return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
 
 
+def byte_histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Occurrences of every byte: [256]."""
+    values = values.reshape(-1)
+    # in pairs, which halves the work; bincount makes an int64 copy: keep it small
+    pairs, counts = values[: values.size // 2 * 2].view(np.uint16), np.zeros(1 << 16, np.int64)
+    for block in np.array_split(pairs, max(1, pairs.size >> 20)):
+        counts += np.bincount(block, minlength=1 << 16)
+    square = counts.reshape(256, 256)
+    return square.sum(0) + square.sum(1) + np.bincount(values[pairs.size * 2 :], minlength=256)
+
+
 def weight_histogram(weights: NDArray[np.int8]) -> NDArray[np.int64]:
     """Occurrences of every integer from -128 to 127: [256]."""
-    counts = np.zeros(256, np.int64)
-    # bincount makes an int64 copy: keep it small
-    for block in np.array_split(weights.reshape(-1), max(1, weights.size >> 22)):
-        counts += np.bincount(block.view(np.uint8), minlength=256)
-    return np.roll(counts, 128)
+    return np.roll(byte_histogram(weights.reshape(-1).view(np.uint8)), 128)
+
+
+def high_bytes(bits: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """The high byte of every 16-bit float: uint8 [N, K]."""
+    return np.ascontiguousarray(np.ascontiguousarray(bits).view(np.uint8).reshape(*bits.shape, 2)[..., 1])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rans_kernels.format import LANES, Split, TileLayout
+from rans_kernels.format import DTYPES, LANES, Split, TileLayout
 from rans_kernels.ops.table import slot_table, warp_table
 
 
@@ -71,9 +71,14 @@ class CodedWeight:
         backend = backend_of(heads.device)
         table = freqs
         if backend != "cpu":
-            table = warp_table(freqs, layout.split) if backend == "gluon" else slot_table(freqs)
+            table = warp_table(freqs, layout) if backend == "gluon" else slot_table(freqs, layout)
         largest = int((rows[1:] - rows[:-1]).max(initial=0))
         return cls(heads, words, offsets, table, layout, round_rows(largest))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it decodes to: int8, bfloat16 or float16."""
+        return getattr(torch, self.layout.dtype)
 
     @property
     def overrun_bytes(self) -> int:
@@ -86,12 +91,12 @@ class CodedWeight:
         layout = self.layout
         return [
             *layout.shape, layout.split.coded_bits, layout.split.raw_bits, layout.units, layout.probability_bits,
-            self.word_rows,
+            self.word_rows, DTYPES.index(layout.dtype), *layout.windows,
         ]  # fmt: skip
 
     @classmethod
     def of(cls, heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, numbers: list[int]) -> "CodedWeight":
         """Put together again what a custom operator was given."""
-        n, k, coded, raw, units, precision, word_rows = numbers
-        layout = TileLayout((n, k), Split(coded, raw), units, precision)
+        n, k, coded, raw, units, precision, word_rows, dtype, *windows = numbers
+        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], tuple(windows))
         return cls(heads, words, offsets, table, layout, word_rows)

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rans_kernels.ops.simt import load_global, load_shared, mma, store_shared2
-from rans_kernels.ops.warp import operands
+from rans_kernels.ops.warp import join_bytes, operands
 
 
 @gluon.jit
@@ -31,10 +31,36 @@ def multiply_half(c, u, x, COLUMN_BLOCKS: gl.constexpr, CODED: gl.constexpr, RAW
     """Add 16 rows x 32 columns: u holds the codes of this lane's words (row g, row g + 8) x (columns 0-3, 4-7)."""
     g = operands(u[0], CODED, RAW, DTYPE) + operands(u[1], CODED, RAW, DTYPE)
     h = operands(u[2], CODED, RAW, DTYPE) + operands(u[3], CODED, RAW, DTYPE)
+    return multiply_pairs(c, g, h, x, COLUMN_BLOCKS, DTYPE)
+
+
+@gluon.jit
+def multiply_float_half(c, high, low, x, COLUMN_BLOCKS: gl.constexpr, DTYPE: gl.constexpr):
+    """As `multiply_half`, of floats given by their high and low bytes."""
+    g = join_bytes(high[0], low[0]) + join_bytes(high[1], low[1])
+    h = join_bytes(high[2], low[2]) + join_bytes(high[3], low[3])
+    return multiply_pairs(c, g, h, x, COLUMN_BLOCKS, DTYPE)
+
+
+@gluon.jit
+def multiply_pairs(c, g, h, x, COLUMN_BLOCKS: gl.constexpr, DTYPE: gl.constexpr):
+    """Add 16 rows x 32 columns: g and h hold registers of pairs of rows g and g + 8."""
     sums = ()
     for n in gl.static_range(COLUMN_BLOCKS):
         part = mma(c[n], (g[0], h[0], g[1], h[1]), x[n][0], x[n][1], DTYPE)
         sums = sums + (mma(part, (g[2], h[2], g[3], h[3]), x[n][2], x[n][3], DTYPE),)
+    return sums
+
+
+@gluon.jit
+def keep_where(condition, new, old, COLUMN_BLOCKS: gl.constexpr):
+    """The new sums where the condition holds, else the old ones."""
+    sums = ()
+    for n in gl.static_range(COLUMN_BLOCKS):
+        part = ()
+        for i in gl.static_range(4):
+            part = part + (gl.where(condition, new[n][i], old[n][i]),)
+        sums = sums + (part,)
     return sums
 
 

@@ -12,8 +12,10 @@ TILES = 4
 
 
 @triton.jit
-def open_tiles(heads, offsets, tile, N, K, UNITS: tl.constexpr, RAW: tl.constexpr):
+def open_tiles(heads, offsets, tile, N, K, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """What it takes to decode some tiles, all but `state` [TILES, 1]; UNITS: of a tile, at most those of a panel.
+
+    ROWS: of a unit in a head.
 
     state: uint32 [TILES, 32]. raw: the tile's raw planes. word, end: its words. n, k: first row and column; stop: the
     column behind its last. A tile beyond the matrix has no columns and no words. across: its number along K.
@@ -23,7 +25,7 @@ def open_tiles(heads, offsets, tile, N, K, UNITS: tl.constexpr, RAW: tl.constexp
     tiles_k = (panel_units + UNITS - 1) // UNITS
     panel, across = tile // tiles_k, tile % tiles_k
     inside = panel * 16 < N
-    row = panel * (tiles_k + panel_units * RAW) + across * (1 + UNITS * RAW)
+    row = panel * (tiles_k + panel_units * ROWS) + across * (1 + UNITS * ROWS)
     state = tl.load(heads + row * 32 + tl.arange(0, 32)[None, :], mask=inside, other=0).to(tl.uint32, bitcast=True)
     word = tl.load(offsets + tile, mask=inside, other=0).to(tl.int64) * 8
     end = tl.load(offsets + tile + 1, mask=inside, other=0).to(tl.int64) * 8
@@ -71,13 +73,16 @@ def raw_word(plane, lane, v, live, RAW: tl.constexpr):
 
 
 @triton.jit
-def raw_bits(plane, half, live, RAW: tl.constexpr):
-    """Raw bits of half a unit from its raw plane [TILES, 1]: uint32, broadcasts to [TILES, 32, 2, 8]."""
+def raw_bits(plane, half, live, RAW: tl.constexpr, TURN: tl.constexpr = 0):
+    """Raw bits of half a unit from its raw plane [TILES, 1]: uint32, broadcasts to [TILES, 32, 2, 8].
+
+    TURN gives a weight those of the one so much further in its quad.
+    """
     plane, live = plane[:, :, None, None], live[:, :, None, None]
     lane = tl.arange(0, 32)[None, :, None, None]
     row = tl.arange(0, 2)[None, None, :, None]
     column = tl.arange(0, 8)[None, None, None, :]
-    j, i = 4 * half + 2 * row + column // 4, column % 4
+    j, i = 4 * half + 2 * row + column // 4, (column + TURN) % 4
     bits = tl.zeros([1, 1, 1, 1], tl.uint32)
     if RAW > 0:
         WHOLE: tl.constexpr = 8 // RAW
@@ -93,23 +98,60 @@ def raw_bits(plane, half, live, RAW: tl.constexpr):
 
 
 @triton.jit
-def next_weights(
-    words, table, raw, state, word, end, unit, half, live,
+def next_codes(
+    words, table, plane, state, word, end, half, live,
     CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Half a unit: states, next words, and weights int32 [TILES, 32, 2, 8] (format.Split)."""
+    """Half a unit: states, next words, coded and raw bits, uint32 [TILES, 32, 2, 8]."""
     state, word, upper = coded_bits(words, table, state, word, end, CODED, PROBABILITY_BITS)
     state, word, lower = coded_bits(words, table, state, word, end, CODED, PROBABILITY_BITS)
     column = tl.arange(0, 8)[None, None, None, :]
     packed = tl.join(upper, lower)[:, :, :, None] >> (CODED * column).to(tl.uint64)
     coded = packed.to(tl.uint32) & ((1 << CODED) - 1)
-    bits = raw_bits(raw + unit * 32 * RAW, half, live, RAW)
+    return state, word, coded, raw_bits(plane, half, live, RAW)
+
+
+@triton.jit
+def next_weights(
+    words, table, raw, state, word, end, unit, half, live,
+    CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr,
+):  # fmt: skip
+    """Half a unit: states, next words, and weights int32 [TILES, 32, 2, 8] (format.Split)."""
+    plane = raw + unit * 32 * RAW
+    state, word, coded, bits = next_codes(
+        words, table, plane, state, word, end, half, live, CODED, RAW, PROBABILITY_BITS
+    )
     if CODED == 1:
         HALF_RANGE: tl.constexpr = 1 << (RAW - 1)
         value = ((bits + HALF_RANGE) ^ (coded * HALF_RANGE)).to(tl.int32) - 2 * HALF_RANGE
     else:
         value = ((coded << RAW) | bits).to(tl.int32) - (1 << (CODED + RAW - 1))
     return state, word, value
+
+
+@triton.jit
+def next_floats(
+    words, table, raw, state, word, end, unit, half, live,
+    CODED: tl.constexpr, RAW: tl.constexpr, PROBABILITY_BITS: tl.constexpr,
+):  # fmt: skip
+    """Half a unit: states, next words, and the bits of floats, int32 [TILES, 32, 2, 8] (TileLayout.float_codes)."""
+    plane = raw + unit * 32 * (RAW + 8)
+    state, word, coded, bits = next_codes(
+        words, table, plane, state, word, end, half, live, CODED, RAW, PROBABILITY_BITS
+    )
+    u = (coded << RAW) | bits
+    sign = u & 1
+    if RAW > 0:
+        # raw signs stand with the next weight of the four
+        sign = raw_bits(plane, half, live, RAW, 1) & 1
+    lane = tl.arange(0, 32)[None, :, None, None]
+    row = tl.arange(0, 2)[None, None, :, None]
+    column = tl.arange(0, 8)[None, None, None, :]
+    at = 32 * RAW + 128 * half + 4 * lane + 2 * row + column // 4
+    low = tl.load(plane[:, :, None, None] + at, mask=live[:, :, None, None], other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(table + ((1 << PROBABILITY_BITS) + (u ^ (u & 1) ^ sign))).to(tl.uint32, bitcast=True)
+    value = (high << 8) | ((low >> (8 * (column % 4))) & 0xFF)
+    return state, word, value.to(tl.int32)
 
 
 @triton.jit

@@ -173,6 +173,16 @@ def stage_raw(address, pointer, lane, on, RAW: gl.constexpr):
 
 
 @gluon.jit
+def stage_unit(address, pointer, lane, on, RAW: gl.constexpr, FLOAT: gl.constexpr):
+    """As `stage_raw`, and the low bytes of floats."""
+    stage_raw(address, pointer, lane, on, RAW)
+    if FLOAT:
+        for h in gl.static_range(2):
+            at = 128 * RAW + 512 * h + lane * 16
+            copy_async(address + at, pointer + at.to(gl.uint64), on, 16)
+
+
+@gluon.jit
 def load_words(at, on, N: gl.constexpr, SHARED: gl.constexpr):
     """N words from shared memory, or from global memory where `on` is not 0 and past the L1, as they are read once."""
     if SHARED:
@@ -194,6 +204,18 @@ def load_raw(at, lane, on, RAW: gl.constexpr, SHARED: gl.constexpr):
     return plane if RAW else (gl.full_like(lane, 0),)
 
 
+@gluon.constexpr_function
+def unit_bytes(raw, is_float):
+    """Bytes of a unit in a head: the raw plane, and the low bytes of floats."""
+    return 128 * (raw + (8 if is_float else 0))
+
+
+@gluon.jit
+def load_low(at, lane, on, HALF: gl.constexpr, RAW: gl.constexpr, SHARED: gl.constexpr):
+    """This lane's four words of low bytes of half a unit that begins at `at`."""
+    return load_words(at + (128 * RAW + 512 * HALF + lane * 16).to(at.dtype), on, 4, SHARED)
+
+
 @gluon.jit
 def place(word, BIT: gl.constexpr, TO: gl.constexpr, WIDTH: gl.constexpr):
     """The WIDTH-bit field at BIT of every byte, moved to bit TO."""
@@ -207,7 +229,22 @@ def place(word, BIT: gl.constexpr, TO: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def piece(word, bits, V: gl.constexpr, J: gl.constexpr, RAW: gl.constexpr):
+def field(word, BIT: gl.constexpr, FROM: gl.constexpr, WIDTH: gl.constexpr, FLOAT: gl.constexpr):
+    """WIDTH raw bits, from FROM on, that stand at BIT of every byte, moved to their place in a code.
+
+    Of a float's they are the lowest bits of its high byte, but for the first, which is the sign of the byte before.
+    """
+    if FLOAT and FROM == 0:
+        MASK: gl.constexpr = 0x01010101 * (0x80 | ((1 << (WIDTH - 1)) - 1))
+        return ((word >> (BIT + 1)) | (word << (31 - BIT))) & MASK
+    elif FLOAT:
+        return place(word, BIT, FROM - 1, WIDTH)
+    else:
+        return place(word, BIT, FROM, WIDTH)
+
+
+@gluon.jit
+def piece(word, bits, V: gl.constexpr, J: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr):
     """`bits` and what word V of the unit, `word`, holds of a field that is in pieces, that of word J."""
     WHOLE: gl.constexpr = 8 // RAW
     LEFT: gl.constexpr = 8 - WHOLE * RAW
@@ -215,28 +252,36 @@ def piece(word, bits, V: gl.constexpr, J: gl.constexpr, RAW: gl.constexpr):
     BEGIN: gl.constexpr = max(FIRST, V * LEFT)
     END: gl.constexpr = min(FIRST + RAW, (V + 1) * LEFT)
     if BEGIN < END:
-        bits = bits | place(word, WHOLE * RAW + BEGIN - V * LEFT, BEGIN - FIRST, END - BEGIN)
+        bits = bits | field(word, WHOLE * RAW + BEGIN - V * LEFT, BEGIN - FIRST, END - BEGIN, FLOAT)
     return bits
 
 
 @gluon.jit
-def raw_bits(plane, J: gl.constexpr, RAW: gl.constexpr):
-    """Raw bits of the four weights of word J, a byte each, from a lane's words of a unit (format.raw_pieces)."""
+def raw_bits(plane, J: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr = False):
+    """Raw bits of the four weights of word J, a byte each, from a lane's words of a unit (format.raw_pieces).
+
+    FLOAT: signs, the lowest of them, on top of the bytes that they belong to, the others one bit lower.
+    """
     bits = gl.full_like(plane[0], 0)
     if RAW > 0:
         WHOLE: gl.constexpr = 8 // RAW
         if J < WHOLE * RAW:
-            bits = place(plane[J // WHOLE], J % WHOLE * RAW, 0, RAW)
+            bits = field(plane[J // WHOLE], J % WHOLE * RAW, 0, RAW, FLOAT)
         else:
             for v in gl.static_range(RAW):
-                bits = piece(plane[v], bits, v, J, RAW)
+                bits = piece(plane[v], bits, v, J, RAW, FLOAT)
     return bits
 
 
 @gluon.jit
-def codes(coded, raw, CODED: gl.constexpr, RAW: gl.constexpr):
-    """Weights plus their offset, a byte each, from coded and raw bits (format.Split)."""
-    if CODED == 1:
+def codes(coded, raw, CODED: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr = False):
+    """Weights plus their offset, a byte each, from coded and raw bits (format.Split); or the high bytes of floats.
+
+    Coded bits of floats come from the table as the first high byte of their window, to which the raw bits are added.
+    """
+    if FLOAT and RAW > 1:
+        return raw + coded
+    elif CODED == 1:
         return (raw + (0x01010101 << (RAW - 1))) ^ coded
     else:
         return raw | coded
@@ -283,6 +328,12 @@ def operands(u, CODED: gl.constexpr, RAW: gl.constexpr, DTYPE: gl.constexpr):
     return gl.inline_asm_elementwise(
         operand_asm(CODED, RAW, DTYPE), "=&r,=&r,r", [u], dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def join_bytes(high, low):
+    """High and low bytes of four floats to the two registers of pairs that they are: k halves 0 and 1 of A."""
+    return permute(low, high, 0x5140), permute(low, high, 0x7362)
 
 
 @gluon.constexpr_function

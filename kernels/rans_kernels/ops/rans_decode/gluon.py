@@ -29,15 +29,18 @@ from rans_kernels.ops.simt import (
 from rans_kernels.ops.warp import (
     codes,
     entry_words,
+    join_bytes,
+    load_low,
     load_raw,
     next_word,
     open_ring,
     raw_bits,
     refill_ring,
     scaled,
-    stage_raw,
     stage_table,
+    stage_unit,
     stage_words,
+    unit_bytes,
 )
 
 COLUMNS = {torch.int8: 16, torch.float16: 8, torch.bfloat16: 8}
@@ -103,20 +106,21 @@ def decode_tiles(
     first, heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
     word_base, one,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
+    WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """Write tiles `first` to first + WARPS - 1 of a matrix at address `out`, [N, K] of DTYPE; `total`: its tiles.
 
-    DTYPE "i8", or "f16" or "bf16" and then weight * scale in float32, rounded once. STAGES: of the ring that raw planes
-    pass through; 1 keeps them in registers, one unit ahead. LINES collects INT8 of two units in shared memory and
-    stores 128 bytes of a row at once, not 32. Shared memory: table | words | ring | lines. Words stand in front, so
-    that a damaged stream, whose cursor runs on, reads what is behind and nothing outside. With WORD_RING, of many
-    words, they pass through a ring of WORD_BYTES, and STAGES is 1.
+    DTYPE "i8", or "f16" or "bf16" and then weight * scale in float32, rounded once; FLOAT weights as they are. STAGES:
+    of the ring that raw planes pass through; 1 keeps them in registers, one unit ahead. LINES collects INT8 of two
+    units in shared memory and stores 128 bytes of a row at once, not 32. Shared memory: table | words | ring | lines.
+    Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside. With
+    WORD_RING, of many words, they pass through a ring of WORD_BYTES, and STAGES is 1.
     """
     SIZE: gl.constexpr = 1 if DTYPE == "i8" else 2
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
-    STAGE_BYTES: gl.constexpr = 128 * RAW
+    STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
     RING: gl.constexpr = STAGES * STAGE_BYTES if STAGES > 1 else 0
     WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
@@ -129,7 +133,8 @@ def decode_tiles(
     tile = first + warp
     panel, across = tile // tiles, tile % tiles
     left = gl.where(tile < total, gl.minimum(panel_units - across * units, units), 0)
-    head_row = panel.to(gl.int64) * (tiles + panel_units * RAW) + across * (1 + units * RAW)
+    ROWS: gl.constexpr = STAGE_BYTES // 128
+    head_row = panel.to(gl.int64) * (tiles + panel_units * ROWS) + across * (1 + units * ROWS)
     head = (heads + head_row * 32).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     stage_table(base, table, tid, TABLE_BYTES, WARPS)
@@ -144,7 +149,7 @@ def decode_tiles(
     raw = head + 128
     planes = load_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, False)
     for s in gl.static_range(STAGES - 1):
-        stage_raw(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW)
+        stage_unit(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW, FLOAT)
         execute(tid, "cp.async.commit_group;")
     execute(tid, wait_text(STAGES - 1))
     block_barrier()
@@ -169,7 +174,7 @@ def decode_tiles(
     limits = ()
     for i in gl.static_range(4 if LINES else 2):
         limits = limits + (gl.where(row + (4 if LINES else 8) * i < N, end, 0),)
-    if SIZE == 2:
+    if SIZE == 2 and not FLOAT:
         upper_scale = gl.load(scale + row * scale_stride, mask=row < N, other=0.0)
         lower_scale = gl.load(scale + (row + 8) * scale_stride, mask=row + 8 < N, other=0.0)
     take = ring
@@ -182,11 +187,20 @@ def decode_tiles(
         else:
             execute(tid, wait_text(STAGES - 2))
             plane = load_raw(take, lane, ones, RAW, True)
-            stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, (unit + STAGES - 1 < left).to(gl.uint32), RAW)
+            ahead = (unit + STAGES - 1 < left).to(gl.uint32)
+            stage_unit(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW, FLOAT)
             execute(tid, "cp.async.commit_group;")
+            here = take
             give = take
             take += STAGE_BYTES
             take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
+        low = ((), ())
+        if FLOAT:
+            on = (unit < left).to(gl.uint32)
+            if STAGES == 1:
+                low = (load_low(raw, lane, on, 0, RAW, False), load_low(raw, lane, on, 1, RAW, False))
+            else:
+                low = (load_low(here, lane, on, 0, RAW, True), load_low(here, lane, on, 1, RAW, True))
         raw += STAGE_BYTES
         u = ()
         for j in gl.static_range(8):
@@ -195,7 +209,7 @@ def decode_tiles(
             state, cursor, coded, carry = next_word(
                 state, cursor, base, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, WRAP
             )
-            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
+            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
         if LINES:
             at = put + (gl.full_like(lane, 64) * (unit % 2)).to(gl.uint32)
             for j in gl.static_range(4):
@@ -215,7 +229,10 @@ def decode_tiles(
         else:
             for h in gl.static_range(2):
                 at = to + 32 * SIZE * h
-                if SIZE == 1:
+                if FLOAT:
+                    upper = join_bytes(u[4 * h], low[h][0]) + join_bytes(u[4 * h + 1], low[h][1])
+                    lower = join_bytes(u[4 * h + 2], low[h][2]) + join_bytes(u[4 * h + 3], low[h][3])
+                elif SIZE == 1:
                     upper = (signed(u[4 * h], one, CODED, RAW), signed(u[4 * h + 1], one, CODED, RAW))
                     lower = (signed(u[4 * h + 2], one, CODED, RAW), signed(u[4 * h + 3], one, CODED, RAW))
                 else:
@@ -237,14 +254,15 @@ def rans_decode_kernel(
     heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
     word_base, one,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
+    WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`decode_tiles` from program_id(0) * WARPS on."""
     decode_tiles(
         gl.program_id(0) * WARPS, heads, words, offsets, table, scale, out.to(gl.int64), N, K, tiles, units,
         panel_units, total, scale_stride, entry_bytes, word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES,
-        LINES, CACHE, WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
+        LINES, CACHE, FLOAT, WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -252,7 +270,8 @@ def rans_decode_kernel(
 def rans_decode_many_kernel(
     descriptors, blocks, entry_bytes, word_base, one,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
+    WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     DESCRIPTOR: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
@@ -266,7 +285,8 @@ def rans_decode_many_kernel(
         gl.load(at + 4).to(gl.pointer_type(gl.float32)), gl.load(at + 5), gl.load(at + 6).to(gl.int32),
         gl.load(at + 7).to(gl.int32), gl.load(at + 8).to(gl.int32), gl.load(at + 9).to(gl.int32),
         gl.load(at + 10).to(gl.int32), gl.load(at + 11).to(gl.int32), gl.load(at + 12).to(gl.int32), entry_bytes,
-        word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, WORD_BYTES, WORD_RING,
+        word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, FLOAT, WORD_BYTES,
+        WORD_RING,
         SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
@@ -311,7 +331,7 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
     # a ring of words stands at a multiple of its size, and a cursor that runs on stays in it
     slack, overrun = (word_bytes, 0) if word_ring else (0, max(weight.overrun_bytes for weight in weights))
     stages = 1 if word_ring else launch.stages
-    ring = 128 * split.raw_bits * stages if stages > 1 else 0
+    ring = 128 * first.layout.unit_rows * stages if stages > 1 else 0
 
     def shared_bytes(warps: int) -> int:
         behind = warps * (ring + lines * 16 * LINE_PITCH.value)
@@ -324,7 +344,7 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
         "entry_bytes": 4 * first.table.shape[1], "word_base": STATE_LOW, "one": 1,
         "DTYPE": DTYPE_NAMES[dtype], "CODED": split.coded_bits, "RAW": split.raw_bits,
         "PRECISION": first.layout.probability_bits, "WARPS": warps, "STAGES": stages, "LINES": lines,
-        "CACHE": launch.cache, "WORD_BYTES": word_bytes, "WORD_RING": word_ring,
+        "CACHE": launch.cache, "FLOAT": first.layout.is_float, "WORD_BYTES": word_bytes, "WORD_RING": word_ring,
         "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps,
     }  # fmt: skip
 
@@ -351,7 +371,7 @@ def rans_decode_gluon(
     out: Tensor | None = None,
     launch: DecodeLaunch | None = None,
 ) -> Tensor:
-    """Decode to [N, K]: the integers, or times the scale in float16 or bfloat16.
+    """Decode to [N, K]: the integers, or times the scale in float16 or bfloat16; or the floats that were coded.
 
     Args:
         weight: of one matrix.

@@ -18,7 +18,17 @@ from triton.experimental.gluon import language as gl
 from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch, fit_shared
-from rans_kernels.ops.panel import finish_panel, load_x, multiply_half, only, pad_columns, span_tiles, store_partial
+from rans_kernels.ops.panel import (
+    finish_panel,
+    keep_where,
+    load_x,
+    multiply_float_half,
+    multiply_half,
+    only,
+    pad_columns,
+    span_tiles,
+    store_partial,
+)
 from rans_kernels.ops.simt import (
     align,
     block_barrier,
@@ -33,44 +43,54 @@ from rans_kernels.ops.simt import (
 from rans_kernels.ops.warp import (
     codes,
     entry_words,
+    load_low,
     load_raw,
     next_word,
     open_ring,
     raw_bits,
     refill_ring,
-    stage_raw,
     stage_table,
+    stage_unit,
     stage_words,
+    unit_bytes,
 )
 
 
 @gluon.jit
-def begin_tile(heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, STAGES: gl.constexpr):
-    """Begin to load a tile; returns its units, the states, where its raw planes stand, and the first in registers.
+def begin_tile(
+    heads, tile, units, panel_units, ring, lane, RAW: gl.constexpr, STAGES: gl.constexpr, FLOAT: gl.constexpr
+):
+    """Begin to load a tile; returns its units, the states, where its units stand, and what registers hold of the first.
 
     STAGES 1 keeps raw planes in registers, one unit ahead: fewest instructions, for a GPU that is full of warps. More
     go through a ring in shared memory, which hides latency where warps are few.
     """
+    STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
     left = gl.minimum(panel_units - tile * units, units)
-    head = (heads + tile.to(gl.int64) * ((1 + units * RAW) * 32)).to(gl.uint64)
+    head = (heads + tile.to(gl.int64) * (32 + units * (STAGE_BYTES // 4))).to(gl.uint64)
     state = load_global(head + (lane * 4).to(gl.uint64), (left > 0).to(gl.uint32), 1)[0]
     raw = head + 128
-    planes = load_raw(raw, lane, (left > 0).to(gl.uint32), RAW if STAGES == 1 else 0, False)
+    on = (left > 0).to(gl.uint32)
+    planes = load_raw(raw, lane, on, RAW if STAGES == 1 else 0, False)
+    low = ((), ())
+    if FLOAT and STAGES == 1:
+        low = (load_low(raw, lane, on, 0, RAW, False), load_low(raw, lane, on, 1, RAW, False))
     for s in gl.static_range(STAGES - 1):
-        stage_raw(ring + s * 128 * RAW, raw + s * 128 * RAW, lane, (s < left).to(gl.uint32), RAW)
+        stage_unit(ring + s * STAGE_BYTES, raw + s * STAGE_BYTES, lane, (s < left).to(gl.uint32), RAW, FLOAT)
         execute(lane, "cp.async.commit_group;")
-    return left, state, raw, planes
+    return left, state, raw, planes, low
 
 
 @gluon.jit
 def multiply_tile(
     begun, units, word_buffer, opened, ring, table, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS: gl.constexpr,
     CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
-    DTYPE: gl.constexpr,
+    DTYPE: gl.constexpr, FLOAT: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Sums of this warp's tile, a chain of MMAs from zero."""
-    left, state, raw, planes = begun
-    STAGE_BYTES: gl.constexpr = 128 * RAW
+    left, state, raw, planes, low = begun
+    low0, low1 = low
+    STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
     one = gl.full_like(lane, 1)
     below = (one << lane) - 1
     on = only(rows_on, left > 0, COLUMN_BLOCKS)
@@ -88,9 +108,10 @@ def multiply_tile(
             planes = load_raw(raw + STAGE_BYTES, lane, (unit + 1 < left).to(gl.uint32), RAW, False)
         else:
             execute(lane, wait_text(STAGES - 2))
-            plane = load_raw(take, lane, one, RAW, True)
+            here = take
+            plane = load_raw(here, lane, one, RAW, True)
             ahead = (unit + STAGES - 1 < left).to(gl.uint32)
-            stage_raw(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW)
+            stage_unit(give, raw + (STAGES - 1) * STAGE_BYTES, lane, ahead, RAW, FLOAT)
             execute(lane, "cp.async.commit_group;")
             give = take
             take += STAGE_BYTES
@@ -98,6 +119,7 @@ def multiply_tile(
         raw += STAGE_BYTES
         x_at += 128
         carry = state
+        before = c
         u = ()
         if RING:
             opened = refill_ring(word_buffer, opened, cursor, lane, CODED, RING)
@@ -105,8 +127,15 @@ def multiply_tile(
             state, cursor, coded, carry = next_word(
                 state, cursor, table, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, RING
             )
-            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
-        c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        if FLOAT:
+            if STAGES == 1:
+                c = multiply_float_half(c, u, low0, x0, COLUMN_BLOCKS, DTYPE)
+                low0 = load_low(raw, lane, (unit + 1 < left).to(gl.uint32), 0, RAW, False)
+            else:
+                c = multiply_float_half(c, u, load_low(here, lane, one, 0, RAW, True), x0, COLUMN_BLOCKS, DTYPE)
+        else:
+            c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
         u = ()
         if RING:
@@ -115,8 +144,18 @@ def multiply_tile(
             state, cursor, coded, carry = next_word(
                 state, cursor, table, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, RING
             )
-            u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
-        c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        if FLOAT:
+            if STAGES == 1:
+                c = multiply_float_half(c, u, low1, x1, COLUMN_BLOCKS, DTYPE)
+                low1 = load_low(raw, lane, (unit + 1 < left).to(gl.uint32), 1, RAW, False)
+            else:
+                c = multiply_float_half(c, u, load_low(here, lane, one, 1, RAW, True), x1, COLUMN_BLOCKS, DTYPE)
+        else:
+            c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
+        if FLOAT and RAGGED:
+            # x is 0 beyond the tile's end, but what is decoded there may be no number
+            c = keep_where(unit < left, c, before, COLUMN_BLOCKS)
         x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
     return c
 
@@ -128,6 +167,7 @@ def multiply_panel(
     TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
+    FLOAT: gl.constexpr, RAGGED: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] @ W.T for one panel, by the whole block; K a multiple of 64, x contiguous, 16-byte aligned.
@@ -135,12 +175,13 @@ def multiply_panel(
     Shared memory: table | words, two buffers a warp if it has several tiles | ring of raw planes | sums of every tile.
     Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside.
     With WORD_RING, of many words, they pass through a ring of WORD_BYTES, and STAGES is 1.
+    FLOAT weights are of x's dtype; RAGGED says that their last tile of a panel has fewer units than the others.
     OVERLAP lets the next kernel of the stream begin while this one ends (programmatic dependent launch).
     """
     DTYPE: gl.constexpr = "bf16" if BFLOAT16 else "f16"
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
     WORDS: gl.constexpr = WORD_BYTES if WORD_RING or TILES <= WARPS else 2 * WORD_BYTES
-    RING: gl.constexpr = STAGES * 128 * RAW
+    RING: gl.constexpr = STAGES * unit_bytes(RAW, FLOAT)
     WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     behind = base + TABLE_BYTES
@@ -149,7 +190,7 @@ def multiply_panel(
     word_buffer = behind + (warp * WORDS).to(gl.uint32)
     ring = behind + WARPS * WORDS + (warp * RING).to(gl.uint32)
     partial = behind + WARPS * (WORDS + RING)
-    heads += panel.to(gl.int64) * ((TILES + panel_units * RAW) * 32)
+    heads += panel.to(gl.int64) * (TILES * 32 + panel_units * (unit_bytes(RAW, FLOAT) // 4))
     offsets += panel * TILES
 
     stage_table(base, table, tid, TABLE_BYTES, WARPS)
@@ -159,7 +200,7 @@ def multiply_panel(
         opened = ()
         stage_words(word_buffer, words, offsets, warp, TILES, lane, WORD_BYTES)
         execute(tid, "cp.async.commit_group;")
-    begun = begin_tile(heads, warp, units, panel_units, ring, lane, RAW, STAGES)
+    begun = begin_tile(heads, warp, units, panel_units, ring, lane, RAW, STAGES, FLOAT)
     if OVERLAP:
         # weights are nobody's result; x is
         execute(tid, "griddepcontrol.wait;")
@@ -178,14 +219,14 @@ def multiply_panel(
             # otherwise the first unit's copies commit them
             execute(tid, "cp.async.commit_group;")
     c = multiply_tile(begun, units, word_buffer, opened, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS,
-                      CODED, RAW, PRECISION, STAGES, WRAP, DTYPE)  # fmt: skip
+                      CODED, RAW, PRECISION, STAGES, WRAP, DTYPE, FLOAT, RAGGED)  # fmt: skip
     store_partial(partial + (warp * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     for first in range(WARPS, TILES, WARPS):
         tile = first + warp
         buffer = word_buffer
         if WORD_RING:
             opened = open_ring(word_buffer, words, offsets, tile, TILES, lane, WORD_BYTES)
-        begun = begin_tile(heads, tile, units, panel_units, ring, lane, RAW, STAGES)
+        begun = begin_tile(heads, tile, units, panel_units, ring, lane, RAW, STAGES, FLOAT)
         execute(tid, wait_text(STAGES - 1))
         execute(tid, "bar.warp.sync 0xffffffff;")
         if not WORD_RING:
@@ -197,7 +238,7 @@ def multiply_panel(
                 execute(tid, "cp.async.commit_group;")
         x_at += (gl.full_like(lane, 128 * WARPS) * units).to(gl.uint64)
         c = multiply_tile(begun, units, buffer, opened, ring, base, factors, x_at, rows_on, K, lane, COLUMN_BLOCKS,
-                          CODED, RAW, PRECISION, STAGES, WRAP, DTYPE)  # fmt: skip
+                          CODED, RAW, PRECISION, STAGES, WRAP, DTYPE, FLOAT, RAGGED)  # fmt: skip
         store_partial(partial + (tile * (512 * COLUMN_BLOCKS)).to(gl.uint32), c, lane, COLUMN_BLOCKS)
     if OVERLAP:
         execute(tid, "griddepcontrol.launch_dependents;")
@@ -213,13 +254,14 @@ def rans_linear_kernel(
     TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
+    FLOAT: gl.constexpr, RAGGED: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`multiply_panel` of panel program_id(0)."""
     multiply_panel(
         gl.program_id(0), heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride,
         entry_bytes, word_base, TILES, SPAN, CODED, RAW, PRECISION, COLUMN_BLOCKS, HAS_BIAS, BFLOAT16, WARPS, STAGES,
-        WORD_BYTES, WORD_RING, OVERLAP, SHARED0, SHARED1, SHARED2,
+        WORD_BYTES, WORD_RING, OVERLAP, FLOAT, RAGGED, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -229,7 +271,7 @@ def rans_linear_gluon(
     """x [M, K] -> [M, N] in x's dtype.
 
     Args:
-        x: float16 or bfloat16.
+        x: float16 or bfloat16; of the weight's dtype if that is a float.
         weight: of one matrix.
         scale: float32 [1, 1] or [N, 1].
         bias: [N] or None.
@@ -257,7 +299,7 @@ def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: i
 
     def shared_bytes(warps: int) -> int:
         buffers = 1 if ring or tiles <= warps else 2
-        behind = warps * stages * 128 * raw + -(-tiles // warps) * warps * 512 * column_blocks
+        behind = warps * stages * 128 * layout.unit_rows + -(-tiles // warps) * warps * 512 * column_blocks
         # a ring stands at a multiple of its size, and a cursor that runs on stays in it
         slack, overrun = (word_bytes, 0) if ring else (0, weights[0].overrun_bytes)
         return weights[0].table.nbytes + slack + warps * buffers * word_bytes + max(behind, overrun)
@@ -267,7 +309,8 @@ def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: i
     return {
         "TILES": tiles, "SPAN": span_tiles(layout.shape[0], tiles), "CODED": coded, "RAW": raw,
         "PRECISION": layout.probability_bits, "COLUMN_BLOCKS": column_blocks, "WARPS": warps, "STAGES": stages,
-        "WORD_BYTES": word_bytes, "WORD_RING": ring, "OVERLAP": overlap,
+        "WORD_BYTES": word_bytes, "WORD_RING": ring, "OVERLAP": overlap, "FLOAT": layout.is_float,
+        "RAGGED": layout.panel_units % layout.most_units > 0,
         "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps, "launch_pdl": overlap,
         # with the many steps between two products the compiler takes more, which halves the warps: slower by a third
         "maxnreg": 64 if ring and column_blocks == 1 else None,

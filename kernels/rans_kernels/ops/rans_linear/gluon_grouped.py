@@ -30,6 +30,7 @@ def rans_linear_grouped_kernel(
     TILES: gl.constexpr, SPAN: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, BFLOAT16: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr, OVERLAP: gl.constexpr,
+    FLOAT: gl.constexpr, RAGGED: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`multiply_panel` of panel program_id(0) of the weights' panels, one weight after the other."""
@@ -46,7 +47,7 @@ def rans_linear_grouped_kernel(
     multiply_panel(
         panel, heads, words, offsets, table, scale, bias, x, y, M, N, K, units, panel_units, scale_stride, entry_bytes,
         word_base, TILES, SPAN, CODED, RAW, PRECISION, COLUMN_BLOCKS, HAS_BIAS, BFLOAT16, WARPS, STAGES, WORD_BYTES,
-        WORD_RING, OVERLAP, SHARED0, SHARED1, SHARED2,
+        WORD_RING, OVERLAP, FLOAT, RAGGED, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 

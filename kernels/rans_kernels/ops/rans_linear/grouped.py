@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rans_kernels.format import TileLayout
-from rans_kernels.ops.coded import CodedWeight, on_device
-from rans_kernels.ops.rans_linear.op import rans_linear, uses_fused_kernel, uses_panel_kernel
+from rans_kernels.ops.coded import CodedWeight, backend_of, on_device
+from rans_kernels.ops.rans_linear.op import rans_linear, uses_fused_kernel, uses_wide_kernel
 
 MOST = 3
 """Weights of one launch: query, key and value."""
@@ -34,10 +34,10 @@ def rans_linear_grouped(
     return _rans_linear_grouped(x, heads, words, offsets, tables, scales, biases or [], numbers)
 
 
-def group_key(layout: TileLayout) -> tuple[int, ...]:
+def group_key(layout: TileLayout) -> tuple[int | str, ...]:
     """Equal for weights that can share a launch."""
     split = layout.split
-    return layout.shape[1], split.coded_bits, split.raw_bits, layout.units, layout.probability_bits
+    return layout.shape[1], split.coded_bits, split.raw_bits, layout.units, layout.probability_bits, layout.dtype
 
 
 @torch.library.custom_op("rans_kernels::rans_linear_grouped", mutates_args=())
@@ -60,7 +60,9 @@ def _rans_linear_grouped(
     # scales of one row are those of a tensor
     kinds = {(group_key(w.layout), scale.shape[0] > 1) for w, scale in zip(weights, scales, strict=True)}
     alike = len(kinds) == 1 and len({bias.dtype for bias in biases}) <= 1 and all(w.layout.tiles for w in weights)
-    fused = uses_fused_kernel(len(rows), x.device, x.dtype) and uses_panel_kernel(len(rows), x.device)
+    dtype, device = weights[0].dtype, x.device
+    fused = uses_fused_kernel(len(rows), device, x.dtype, None, dtype) and backend_of(device) == "gluon"
+    fused = fused and not uses_wide_kernel(len(rows), device, dtype)
     if alike and fused and 1 < len(weights) <= MOST:
         from rans_kernels.ops.rans_linear.gluon_grouped import rans_linear_grouped_gluon
 

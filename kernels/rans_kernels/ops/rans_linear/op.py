@@ -22,23 +22,32 @@ PANEL_ROWS = 16
 """Rows of x up to which the panel kernel is the faster one on Hopper."""
 
 
-def uses_fused_kernel(rows: int, device: torch.device, dtype: torch.dtype, group_size: int | None = None) -> bool:
-    """True if `rans_linear` on so many rows runs a fused kernel in the order of the sums that all batches share."""
+def uses_fused_kernel(
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    group_size: int | None = None,
+    weight_dtype: torch.dtype = torch.int8,
+) -> bool:
+    """True if `rans_linear` on so many rows of `dtype` runs a fused kernel in the order that all batches share."""
     backend = backend_of(device)
+    if weight_dtype != torch.int8:
+        # tensor cores multiply floats of one dtype
+        return backend == "gluon" and dtype == weight_dtype and 0 < rows <= FUSED_ROWS[backend]
     fits = backend != "gluon" or (dtype != torch.float32 and group_size is None)
     return fits and 0 < rows <= (HOPPER_ROWS if is_hopper(device) else FUSED_ROWS[backend])
 
 
-def uses_panel_kernel(rows: int, device: torch.device) -> bool:
-    """True if the fused kernel of so many rows is the one that computes a panel a block."""
-    return backend_of(device) == "gluon" and (rows <= PANEL_ROWS or not is_hopper(device))
+def uses_wide_kernel(rows: int, device: torch.device, weight_dtype: torch.dtype = torch.int8) -> bool:
+    """True if the fused kernel of so many rows is the one that multiplies by warpgroups, not a panel a block."""
+    return is_hopper(device) and rows > PANEL_ROWS and weight_dtype == torch.int8
 
 
 def chain_launch(
     layout: TileLayout, rows: int, device: torch.device, dtype: torch.dtype, group_size: int | None = None
 ) -> "WideLaunch | None":
     """Launch of the fused kernel that chains the tiles, where `rans_linear` on so many rows uses it."""
-    if not is_hopper(device) or dtype == torch.float32 or group_size is not None:
+    if not is_hopper(device) or dtype == torch.float32 or group_size is not None or layout.is_float:
         return None
     from rans_kernels.ops.launch import choose_chain_launch
 
@@ -53,7 +62,7 @@ def rans_linear(
     Args:
         x: [..., K], float32, float16 or bfloat16.
         weight: of one matrix.
-        scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)].
+        scale: float32 [1, 1], [N, 1] or [N, ceil(K / group_size)]; that of floats is 1.
         bias: [N] or None.
         group_size: columns that share a scale; None unless per group.
 
@@ -78,11 +87,11 @@ def _rans_linear(
 ) -> Tensor:
     weight = CodedWeight.of(heads, words, offsets, table, numbers)
     rows = x.reshape(-1, x.shape[-1])
-    fused = uses_fused_kernel(len(rows), x.device, x.dtype, group_size)
+    fused = uses_fused_kernel(len(rows), x.device, x.dtype, group_size, weight.dtype)
     chain = None if fused else chain_launch(weight.layout, len(rows), x.device, x.dtype, group_size)
     if not weight.layout.tiles or not (fused or chain):
         y = rans_linear_naive(rows, weight, scale, bias, group_size)
-    elif chain or (is_hopper(x.device) and not uses_panel_kernel(len(rows), x.device)):
+    elif chain or uses_wide_kernel(len(rows), x.device, weight.dtype):
         from rans_kernels.ops.rans_linear.hopper import rans_linear_hopper
 
         with on_device(x):
