@@ -96,7 +96,7 @@ def bench_layers() -> list[dict[str, Any]]:
         low, high = int(w.min()), int(w.max())
         for coded in (8, 4, 2, 1):
             split = next(s for s in SPLITS if s.coded_bits == coded and s.holds(low, high))
-            layout = TileLayout(w.shape, split, 16, choose_probability_bits(split))
+            layout = TileLayout(w.shape, split, 16, choose_probability_bits(split, w.shape))
             rows.append({"profile": f"coded_bits {coded}", **bench_layout(w, layout)})
         rows.append({"profile": "baseline", **bench_zlib(w)})
     return rows

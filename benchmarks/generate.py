@@ -62,7 +62,9 @@ def encode_layer(layer: nn.Module, device: torch.device) -> dict[str, Master]:
     for name, shape in shapes.items():
         group = next((g for g in SIBLINGS if name.endswith(g)), (name,))
         rows = sum(other[0] for key, other in shapes.items() if key.endswith(group))
-        layout = TileLayout(shape, SPLIT, choose_units((rows, shape[1]), "fast"), choose_probability_bits(SPLIT))
+        layout = TileLayout(
+            shape, SPLIT, choose_units((rows, shape[1]), "fast"), choose_probability_bits(SPLIT, (rows, shape[1]))
+        )
         q = torch.empty(shape, device=device).normal_(0, SIGMA).round_().clamp_(SPLIT.low, -SPLIT.low - 1)
         integers = q.to(torch.int8)
         e = encode_tiles(integers.cpu().numpy(), layout)

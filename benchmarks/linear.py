@@ -52,7 +52,7 @@ class Layer:
         w = torch.empty(shape, device="cuda").normal_(0, sigma).round_()
         self.weights = w.clamp_(max(-127, split.low), -split.low - 1).to(torch.int8)
         host = self.weights.cpu().numpy()
-        layout = TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split))
+        layout = TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split, shape))
         encoded = encode_tiles(host, layout)
         heads, words, offsets, freqs = encoded.heads, encoded.words, encoded.offsets, encoded.freqs
         self.coded = CodedWeight.check(to_gpu(heads), to_gpu(words), to_gpu(offsets), to_gpu(freqs), layout)

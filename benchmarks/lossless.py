@@ -84,9 +84,8 @@ def bench_bits(shapes: tuple[tuple[int, int], ...], model: Path | None) -> list[
             layout = choose_float_layout(counts, shape, profile, "bfloat16")
             rows.append(bits_row(name, f"{profile}, {layout.split}", [(bits, layout)]))
         for split in SPLITS:
-            for profile in ("compact", "fast"):
-                if found := float_layout(counts, shape, profile, "bfloat16", split):
-                    rows.append(bits_row(name, f"{split}, {found.units} units", [(bits, found)]))
+            layouts = {float_layout(counts, shape, profile, "bfloat16", split) for profile in ("compact", "fast")}
+            rows += [bits_row(name, f"{split}, {each.units} units", [(bits, each)]) for each in layouts if each]
     if model is not None:
         tensors = {name: (t.view(torch.uint16).numpy(), str(t.dtype)[6:]) for name, t in matrices(model).items()}
         for profile in PROFILES:

@@ -29,7 +29,7 @@ class GroupLaunches(CustomGraphPass):
             fixed = all(array.op in ("placeholder", "get_attr") for array in (*arrays, bias) if array is not None)
             if fixed and group_size is None:
                 # all that is no tensor, but for the rows and the size of the words, has to agree
-                groups[x, bias is None, *numbers[1:6], *numbers[7:]].append(node)
+                groups[x, bias is None, *numbers[1:-1]].append(node)
         for nodes in groups.values():
             for first in range(0, len(nodes), MOST):
                 if len(part := nodes[first : first + MOST]) > 1:

@@ -236,6 +236,33 @@ def test_float_product_is_right_and_the_same_in_any_batch_and_launch(shape, spli
         assert torch.equal(rans_linear_gluon(x, coded, one, bias, Launch(warps, stages, True)), y)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_floats_decoded_together_beside_integers_are_those_of_one_each(dtype, float_case):
+    cases = [
+        on_gpu(*float_case(shape, split, 3, dtype))
+        for shape in ((63, 256), (33, 200), (300, 2048))
+        for split in (Split(2, 3), Split(4, 1), Split(8, 0))
+    ]
+    integers, w, _, scale, _ = case((40, 512), Split(2, 3), 3, 1, torch.float16, probability_bits=12)
+    weights, scales = (
+        [coded for coded, _ in cases] + [integers],
+        [torch.ones(1, 1, device="cuda")] * len(cases) + [scale],
+    )
+    *found, last = rans_decode_many(weights, scales, getattr(torch, dtype))
+    assert all(same_bits(y, plain) for y, (_, plain) in zip(found, cases, strict=True))
+    assert torch.equal(last, dequantize(w, scale, getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_floats_in_one_launch_give_what_each_gives(dtype, float_case):
+    from rans_kernels.ops.rans_linear import rans_linear_grouped
+
+    cases = [on_gpu(*float_case((rows, 512), Split(2, 3), 3, dtype)) for rows in (64, 33, 16)]
+    x, one = torch.randn(3, 512, device="cuda", dtype=cases[0][1].dtype), torch.ones(1, 1, device="cuda")
+    found = rans_linear_grouped(x, [coded for coded, _ in cases], [one] * 3)
+    assert all(torch.equal(y, rans_linear(x, coded, one)) for y, (coded, _) in zip(found, cases, strict=True))
+
+
 def test_what_is_not_finite_stays_in_its_row():
     bits = np.full((32, 200), 0x3C00, np.uint16)
     # the rest of the last unit and of the last tile is multiplied by 0, and is no part of any row

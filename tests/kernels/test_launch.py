@@ -7,7 +7,6 @@ from rans_kernels.format import CODED_BITS, PROBABILITY_BITS
 
 pytest.importorskip("triton")
 from rans_kernels.ops.coded import round_rows  # noqa: E402
-from rans_kernels.ops.rans_decode.gluon import fullest  # noqa: E402
 from rans_kernels.ops.simt import WORD_RING_BYTES, shared_pieces, word_buffer_bytes  # noqa: E402
 from rans_kernels.ops.warp import fills  # noqa: E402
 
@@ -47,15 +46,3 @@ def test_pieces_are_powers_of_two_that_hold_the_size(size):
     assert all(piece & (piece - 1) == 0 for piece in pieces)
     # what is lost to rounding costs occupancy
     assert size <= 4 * sum(pieces) <= max(size * 1.15 + 1024, 3 * 1024)
-
-
-@given(st.integers(1, 32), st.integers(1, 40))
-def test_blocks_of_the_decoder_fill_a_multiprocessor(table, warp):
-    limit = 227 << 10
-
-    def resident(warps):
-        block = 4 * sum(shared_pieces(1024 * table + 512 * warp * warps)) + 1024
-        return min(48, limit // block * warps)
-
-    found = fullest(limit, lambda warps: 1024 * table + 512 * warp * warps)
-    assert resident(found) == max(resident(warps) for warps in (2, 4, 8, 16))

@@ -78,6 +78,8 @@ def test_gradients_are_finite_differences_of_the_surrogate(case):
     w, s = weight.double(), scale.double()
     upstream[(steps(w, s).abs() - qmax).abs() < 1e-3 * qmax] = 0
     clipped = steps(w, s).clamp(-qmax, qmax)
+    # and what float32 and float64 may round to different integers
+    upstream[((clipped - clipped.round()).abs() - 0.5).abs() < 1e-4] = 0
     residual = clipped.round() - clipped
 
     def surrogate(w, s):
@@ -89,16 +91,22 @@ def test_gradients_are_finite_differences_of_the_surrogate(case):
     )
     # each weight sees one scale, so all scales can move at once
     per_weight = (surrogate(w, s * (1 + h)) - surrogate(w, s * (1 - h))) / (2 * h)
-    probe = torch.zeros_like(s, requires_grad=True)
-    (expand_scale(probe, w.shape[1], group_size) * per_weight).sum().backward()
-    wanted_scale = probe.grad / s
+
+    def over_what_shares_a_scale(values):
+        probe = torch.zeros_like(s, requires_grad=True)
+        (expand_scale(probe, w.shape[1], group_size) * values).sum().backward()
+        return probe.grad
+
+    wanted_scale = over_what_shares_a_scale(per_weight) / s
+    # q - w / s cancels in float32: what it loses is a share of the two, not of their difference
+    lost = torch.finfo(torch.float32).eps * over_what_shares_a_scale((2 * clipped.abs() + 1) * upstream.abs())
 
     weight.requires_grad_()
     scale.requires_grad_()
     out = fake_quantize(weight, scale, qmax, torch.float32, group_size)
     out.backward(upstream.float())
     assert_close(weight.grad, wanted_weight, 1e-4)
-    assert_close(scale.grad, wanted_scale, 1e-4)
+    assert ((scale.grad - wanted_scale).abs() <= 1e-4 * wanted_scale.abs() + 4 * lost).all()
 
 
 def assert_close(got, wanted, ratio):

@@ -61,12 +61,33 @@ def _best_split(bits: dict[Split, float], profile: str) -> Split:
     return min(bits, key=lambda s: (seconds_per_weight(s, bits[s]), bits[s]))
 
 
-def choose_probability_bits(split: Split) -> int:
+def is_small(shape: tuple[int, int]) -> bool:
+    """Whether a matrix is cut finer than others, lest it leave a GPU empty.
+
+    Args:
+        shape: (N, K) of the weight.
+    """
+    units = -(-shape[1] // UNIT_COLUMNS)
+    tiles = _fast_tiles(units)
+    return units > 8 and tiles <= 4 and -(-shape[0] // UNIT_ROWS) * tiles < FILLING
+
+
+def _fast_tiles(units: int) -> int:
+    """Tiles of a panel of so many units, of at least 8 each: a power of two, at most 16."""
+    return min(16, 1 << (max(1, units // 8).bit_length() - 1))
+
+
+def choose_probability_bits(split: Split, shape: tuple[int, int]) -> int:
     """Precision of the frequencies: 12 where most of a weight is coded, for 0.07 bits a weight less than 10.
 
-    Otherwise 11, for 0.01: what is coded is few bits a weight, and smaller tables leave shared memory to warps.
+    Otherwise 10: what is coded is few bits a weight, and smaller tables leave shared memory to warps. 11, for 0.01 bits
+    less, where a matrix is small and its states cost more.
+
+    Args:
+        split: of the bits.
+        shape: (N, K) of the weight.
     """
-    return 12 if split.coded_bits >= 4 else 11
+    return 12 if split.coded_bits >= 4 else 11 if is_small(shape) else 10
 
 
 def choose_units(shape: tuple[int, int], profile: str) -> int:
@@ -84,10 +105,7 @@ def choose_units(shape: tuple[int, int], profile: str) -> int:
     units = max(1, -(-shape[1] // UNIT_COLUMNS))
     if profile == "compact":
         return -(-units // (1 << (max(1, units // 13).bit_length() - 1)))
-    tiles = min(16, 1 << (max(1, units // 8).bit_length() - 1))
-    if units > 8 and tiles <= 4 and -(-shape[0] // UNIT_ROWS) * tiles < FILLING:
-        return 7
-    return -(-units // tiles)
+    return 7 if is_small(shape) else -(-units // _fast_tiles(units))
 
 
 def choose_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str) -> TileLayout:
@@ -99,7 +117,7 @@ def choose_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: st
         profile: compact, fast or auto.
     """
     split = choose_split(counts, profile)
-    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split))
+    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split, shape))
 
 
 def choose_float_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str, dtype: str) -> TileLayout:
@@ -123,14 +141,14 @@ def float_layout(
     windows = choose_windows(counts.reshape(2, 128).sum(0), split)
     if windows is None:
         return None
-    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split), dtype, windows)
+    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split, shape), dtype, windows)
 
 
 def float_bits(counts: NDArray[np.int64], layout: TileLayout) -> float:
     """Bits a weight of a layout of floats under an ideal code; counts: histogram of the high bytes, [256]."""
     coded = layout.float_codes().clip(0) >> layout.split.raw_bits
-    # a row a unit is a bit a weight; to a hundredth, as splits closer than that differ by their tables
-    return round(entropy(np.bincount(coded, weights=counts)) + layout.unit_rows, 2)
+    # a row a unit is a bit a weight
+    return entropy(np.bincount(coded, weights=counts)) + layout.unit_rows
 
 
 def choose_windows(counts: NDArray[np.int64], split: Split) -> tuple[int, ...] | None:

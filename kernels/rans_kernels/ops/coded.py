@@ -89,14 +89,17 @@ class CodedWeight:
     def numbers(self) -> list[int]:
         """Everything that is no tensor, as custom operators take it."""
         layout = self.layout
+        # of a length that does not depend on how many there are
+        windows = sum(1 << start for start in layout.windows)
         return [
             *layout.shape, layout.split.coded_bits, layout.split.raw_bits, layout.units, layout.probability_bits,
-            self.word_rows, DTYPES.index(layout.dtype), *layout.windows,
+            DTYPES.index(layout.dtype), *(windows >> shift & 0xFFFFFFFF for shift in (0, 32, 64, 96)), self.word_rows,
         ]  # fmt: skip
 
     @classmethod
     def of(cls, heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, numbers: list[int]) -> "CodedWeight":
         """Put together again what a custom operator was given."""
-        n, k, coded, raw, units, precision, word_rows, dtype, *windows = numbers
-        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], tuple(windows))
+        n, k, coded, raw, units, precision, dtype, *masks, word_rows = numbers
+        windows = tuple(32 * i + bit for i, mask in enumerate(masks) for bit in range(32) if mask >> bit & 1)
+        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], windows)
         return cls(heads, words, offsets, table, layout, word_rows)

@@ -94,7 +94,7 @@ def choose_chain_launch(device: torch.device, shape: tuple[int, int], coded_bits
     properties = torch.cuda.get_device_properties(device)
     blocks = -(-shape[0] // 128) * -(-rows // 256)
     full = blocks >= 0.8 * properties.multi_processor_count
-    if properties.major == 9 and coded_bits <= 2 and 128 < rows <= 1024 and full:
+    if properties.major == 9 and coded_bits <= 2 and 128 < rows <= 512 and full:
         return WideLaunch(256, 8, None, True)
     return None
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 
 from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
-from rans_kernels.ops.launch import FULL, fit_shared, shared_limit
+from rans_kernels.ops.launch import fit_shared
 from rans_kernels.ops.simt import (
     align,
     block_barrier,
@@ -294,9 +294,9 @@ def rans_decode_many_kernel(
 class DecodeLaunch(NamedTuple):
     """Configuration of a launch. It changes the speed, never a bit of the result."""
 
-    warps: int | None = None
-    """Of a block, a power of two; None: what fills a multiprocessor best."""
-    stages: int = 1
+    warps: int = 4
+    """Of a block, a power of two."""
+    stages: int = 3
     """Of the ring that raw planes pass through; 1 keeps them in registers instead."""
     lines: bool = True
     """Whether INT8 is collected in shared memory and stored by lines."""
@@ -338,7 +338,7 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
         return first.table.nbytes + slack + warps * word_bytes + max(behind, overrun)
 
     device = first.heads.device
-    warps = fit_shared(device, launch.warps or fullest(shared_limit(device), shared_bytes), shared_bytes)
+    warps = fit_shared(device, launch.warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
     return {
         "entry_bytes": 4 * first.table.shape[1], "word_base": STATE_LOW, "one": 1,
@@ -347,21 +347,6 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
         "CACHE": launch.cache, "FLOAT": first.layout.is_float, "WORD_BYTES": word_bytes, "WORD_RING": word_ring,
         "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps,
     }  # fmt: skip
-
-
-def fullest(limit: int, shared_bytes: Callable[[int], int]) -> int:
-    """Warps of a block, so that as many as can be are resident where shared memory has `limit` bytes.
-
-    Args:
-        limit: of a multiprocessor.
-        shared_bytes: of a block of so many warps; the hardware takes 1024 more.
-    """
-
-    def resident(warps: int) -> int:
-        return limit // (4 * sum(shared_pieces(shared_bytes(warps))) + 1024) * warps
-
-    # more than FULL bring nothing; of blocks that are equal the smallest
-    return max((2, 4, 8, 16), key=lambda warps: (min(FULL, resident(warps)), -warps))
 
 
 def rans_decode_gluon(
