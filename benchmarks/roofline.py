@@ -20,7 +20,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COLOURS = {"3 bits": "#4477aa", "4 bits": "#228833", "5 bits": "#ccbb44", "int8": "#ee6677", "compact": "#aa3377"}
+COLOURS = {"3 bits": "#4477aa", "4 bits": "#228833", "5 bits": "#ccbb44", "int8": "#ee6677", "compact": "#aa3377",
+           "one a symbol": "#882255"}  # fmt: skip
 
 
 class Gpu(NamedTuple):
@@ -61,7 +62,10 @@ def draw(rows: list[dict[str, Any]], counts: dict[str, dict[str, Any]], path: Pa
         axes.plot(row["bits"], rate, "o", color=COLOURS[row["profile"]], label=label)
         drawn.add(row["profile"])
     for profile in COLOURS:
-        row = next(r for r in rows if r["profile"] == profile)
+        found = [r for r in rows if r["profile"] == profile and r["split"] in counts]
+        if not found:
+            continue
+        row = found[0]
         count = counts[row["split"]]
         limit = rates(h200, row["bits"], count["per_weight"], count["alu_per_weight"])
         y = min(limit["ALU"], limit["issue"]) / 1e12

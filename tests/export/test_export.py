@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import rans_kernels
@@ -199,7 +200,9 @@ def test_ctrl_c_leaves_nothing(tiny_llama, tmp_path):
     source = tiny_llama(hidden_size=256, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=4)
     output = tmp_path / "out"
     command = [sys.executable, "export.py", f"source={source}", f"output={output}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # what runs the tests in the background may have its children ignore Ctrl-C
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
