@@ -16,6 +16,8 @@ import matplotlib
 from qat.report import print_table
 
 matplotlib.use("Agg")
+# the same figure, the same file
+matplotlib.rcParams["svg.hashsalt"] = "roofline"
 from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

@@ -6,9 +6,8 @@ from numpy.typing import NDArray
 from rans_kernels.coder.tables import entropy
 from rans_kernels.format import SPLITS, UNIT_COLUMNS, UNIT_ROWS, Split, TileLayout
 
-WEIGHT_RATE = {8: 1.3e12, 4: 2.05e12, 2: 2.9e12, 1: 4.1e12}
-"""Weights a second that a fused kernel decodes on an H200, by coded bits: measured on the prototype
-(docs/architecture.md)."""
+WEIGHT_RATE = {8: 0.94e12, 4: 1.5e12, 2: 2.3e12, 1: 3.8e12}
+"""Weights a second that the fused kernel decodes on an H200, by coded bits (docs/kernels.md)."""
 BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads."""
 FILLING = 1024
