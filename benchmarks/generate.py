@@ -350,6 +350,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where a token's time goes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
+    if args.prompts < 8 or args.prompts % 8:
+        parser.error(f"--prompts {args.prompts}: they run 8 at once, give a multiple of 8")
     try:
         device = pick_device(args.device)
     except UserError as error:
