@@ -27,10 +27,17 @@ def load_x(pointer, on, COLUMN_BLOCKS: gl.constexpr, stride):
 
 
 @gluon.jit
-def multiply_half(c, u, x, COLUMN_BLOCKS: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, DTYPE: gl.constexpr):
-    """Add 16 rows x 32 columns: u holds the codes of this lane's words (row g, row g + 8) x (columns 0-3, 4-7)."""
+def row_operands(u, CODED: gl.constexpr, RAW: gl.constexpr, DTYPE: gl.constexpr):
+    """Codes of a lane's four words to the operands of rows g and g + 8."""
     g = operands(u[0], CODED, RAW, DTYPE) + operands(u[1], CODED, RAW, DTYPE)
     h = operands(u[2], CODED, RAW, DTYPE) + operands(u[3], CODED, RAW, DTYPE)
+    return g, h
+
+
+@gluon.jit
+def multiply_half(c, u, x, COLUMN_BLOCKS: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, DTYPE: gl.constexpr):
+    """Add 16 rows x 32 columns: u holds the codes of this lane's words (row g, row g + 8) x (columns 0-3, 4-7)."""
+    g, h = row_operands(u, CODED, RAW, DTYPE)
     return multiply_pairs(c, g, h, x, COLUMN_BLOCKS, DTYPE)
 
 

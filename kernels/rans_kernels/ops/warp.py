@@ -287,6 +287,26 @@ def codes(coded, raw, CODED: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexp
         return raw | coded
 
 
+@gluon.jit
+def half_codes(
+    state, cursor, opened, table, below, factors, ring, lane, plane, carry, HALF: gl.constexpr,
+    CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, RING: gl.constexpr, FLOAT: gl.constexpr = False,
+):  # fmt: skip
+    """Decode half a unit: what goes on, and the codes of this lane's four words, or high bytes of floats.
+
+    `carry` of the first half is anything, of the second what the first gave. `opened`: of the ring, if there is one.
+    """
+    if RING:
+        opened = refill_ring(ring, opened, cursor, lane, CODED, RING)
+    u = ()
+    for j in gl.static_range(4 * HALF, 4 * HALF + 4):
+        state, cursor, coded, carry = next_word(
+            state, cursor, table, below, factors, ring, j, carry, CODED, RAW, PRECISION, RING
+        )
+        u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+    return state, cursor, opened, carry, u
+
+
 @gluon.constexpr_function
 def operand_asm(coded, raw, dtype):
     """Four bytes to two registers of pairs, less the offset.

@@ -27,15 +27,12 @@ from rans_kernels.ops.simt import (
     word_buffer_bytes,
 )
 from rans_kernels.ops.warp import (
-    codes,
     entry_words,
+    half_codes,
     join_bytes,
     load_low,
     load_raw,
-    next_word,
     open_ring,
-    raw_bits,
-    refill_ring,
     scaled,
     stage_table,
     stage_unit,
@@ -203,13 +200,12 @@ def decode_tiles(
                 low = (load_low(here, lane, on, 0, RAW, True), load_low(here, lane, on, 1, RAW, True))
         raw += STAGE_BYTES
         u = ()
-        for j in gl.static_range(8):
-            if WORD_RING and j % 4 == 0:
-                opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
-            state, cursor, coded, carry = next_word(
-                state, cursor, base, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, WRAP
-            )
-            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        for half in gl.static_range(2):
+            state, cursor, opened, carry, four = half_codes(
+                state, cursor, opened, base, below, factors, word_buffer, lane, plane, carry, half, CODED, RAW,
+                PRECISION, WRAP, FLOAT,
+            )  # fmt: skip
+            u = u + four
         if LINES:
             at = put + (gl.full_like(lane, 64) * (unit % 2)).to(gl.uint32)
             for j in gl.static_range(4):

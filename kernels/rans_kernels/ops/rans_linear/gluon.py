@@ -41,14 +41,11 @@ from rans_kernels.ops.simt import (
     word_buffer_bytes,
 )
 from rans_kernels.ops.warp import (
-    codes,
     entry_words,
+    half_codes,
     load_low,
     load_raw,
-    next_word,
     open_ring,
-    raw_bits,
-    refill_ring,
     stage_table,
     stage_unit,
     stage_words,
@@ -118,16 +115,11 @@ def multiply_tile(
             take = gl.where(take == ring + STAGES * STAGE_BYTES, ring, take)
         raw += STAGE_BYTES
         x_at += 128
-        carry = state
         before = c
-        u = ()
-        if RING:
-            opened = refill_ring(word_buffer, opened, cursor, lane, CODED, RING)
-        for j in gl.static_range(4):
-            state, cursor, coded, carry = next_word(
-                state, cursor, table, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, RING
-            )
-            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        state, cursor, opened, carry, u = half_codes(
+            state, cursor, opened, table, below, factors, word_buffer, lane, plane, state, 0, CODED, RAW, PRECISION,
+            RING, FLOAT,
+        )  # fmt: skip
         if FLOAT:
             if STAGES == 1:
                 c = multiply_float_half(c, u, low0, x0, COLUMN_BLOCKS, DTYPE)
@@ -137,14 +129,10 @@ def multiply_tile(
         else:
             c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
         x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
-        u = ()
-        if RING:
-            opened = refill_ring(word_buffer, opened, cursor, lane, CODED, RING)
-        for j in gl.static_range(4, 8):
-            state, cursor, coded, carry = next_word(
-                state, cursor, table, below, factors, word_buffer, j, carry, CODED, RAW, PRECISION, RING
-            )
-            u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        state, cursor, opened, carry, u = half_codes(
+            state, cursor, opened, table, below, factors, word_buffer, lane, plane, carry, 1, CODED, RAW, PRECISION,
+            RING, FLOAT,
+        )  # fmt: skip
         if FLOAT:
             if STAGES == 1:
                 c = multiply_float_half(c, u, low1, x1, COLUMN_BLOCKS, DTYPE)

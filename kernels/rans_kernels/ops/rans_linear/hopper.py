@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from rans_kernels.format import STATE_LOW
 from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.launch import WideLaunch, choose_wide_launch
-from rans_kernels.ops.panel import pad_columns, span_tiles
+from rans_kernels.ops.panel import pad_columns, row_operands, span_tiles
 from rans_kernels.ops.simt import (
     align,
     block_barrier,
@@ -30,14 +30,10 @@ from rans_kernels.ops.simt import (
     word_buffer_bytes,
 )
 from rans_kernels.ops.warp import (
-    codes,
     entry_words,
+    half_codes,
     load_raw,
-    next_word,
     open_ring,
-    operands,
-    raw_bits,
-    refill_ring,
     stage_raw,
     stage_table,
     stage_words,
@@ -83,23 +79,6 @@ def arrange_x_kernel(x, out, M, K, COLUMNS: gl.constexpr, OVERLAP: gl.constexpr)
     for i in gl.static_range(4):
         pointer = (out + (to + i * (COLUMNS // 8)) * 64 + lane * 2).to(gl.uint64)
         store_word(pointer, values[i], inside.to(gl.uint32))
-
-
-@gluon.jit
-def half_operands(
-    state, cursor, table, below, factors, ring, plane, carry, HALF: gl.constexpr, CODED: gl.constexpr,
-    RAW: gl.constexpr, PRECISION: gl.constexpr, WRAP: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """Decode half a unit: the next state and cursor, and the operands of rows g and g + 8."""
-    u = ()
-    for j in gl.static_range(4 * HALF, 4 * HALF + 4):
-        state, cursor, coded, carry = next_word(
-            state, cursor, table, below, factors, ring, j, carry, CODED, RAW, PRECISION, WRAP
-        )
-        u = u + (codes(coded, raw_bits(plane, j, RAW), CODED, RAW),)
-    g = operands(u[0], CODED, RAW, DTYPE) + operands(u[1], CODED, RAW, DTYPE)
-    h = operands(u[2], CODED, RAW, DTYPE) + operands(u[3], CODED, RAW, DTYPE)
-    return state, cursor, carry, g, h
 
 
 @gluon.jit
@@ -206,6 +185,7 @@ def rans_linear_hopper_kernel(
             begin_cursor = cursor
             execute(tid, wait_text(0))
         else:
+            opened = ()
             begin_cursor = cursor
             if units < STAGES:
                 # otherwise the words came with a raw plane that was waited for
@@ -233,22 +213,22 @@ def rans_linear_hopper_kernel(
             tile_left = gl.where(tile_left == 0, units, tile_left)
             x_at = x_ring + (slot * X_STAGE).to(gl.uint32)
             descriptor = x_descriptor(x_at, COLUMNS)
-            if WORD_RING:
-                opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
-            state, cursor, carry, g0, h0 = half_operands(
-                state, cursor, base, below, factors, word_buffer, plane, zero, 0, CODED, RAW, PRECISION, WRAP, DTYPE
-            )
+            state, cursor, opened, carry, u = half_codes(
+                state, cursor, opened, base, below, factors, word_buffer, lane, plane, zero, 0, CODED, RAW, PRECISION,
+                WRAP,
+            )  # fmt: skip
+            g0, h0 = row_operands(u, CODED, RAW, DTYPE)
             wait_stage(x_at, zero + (unit_at >> TURN & 1).to(gl.uint32), X_BYTES)
             c = begin_product(c, g0, h0, descriptor, COLUMNS, DTYPE)
             wait_products(g1, h1, 1)
             # the products of the unit before are over
             release_stage(x_ring + (slot_before * X_STAGE).to(gl.uint32),
                           first_lane * gl.where(unit_at > 0, 1, 0).to(gl.uint32), X_BYTES)  # fmt: skip
-            if WORD_RING:
-                opened = refill_ring(word_buffer, opened, cursor, lane, CODED, WORD_BYTES)
-            state, cursor, carry, g1, h1 = half_operands(
-                state, cursor, base, below, factors, word_buffer, plane, carry, 1, CODED, RAW, PRECISION, WRAP, DTYPE
-            )
+            state, cursor, opened, carry, u = half_codes(
+                state, cursor, opened, base, below, factors, word_buffer, lane, plane, carry, 1, CODED, RAW, PRECISION,
+                WRAP,
+            )  # fmt: skip
+            g1, h1 = row_operands(u, CODED, RAW, DTYPE)
             c = begin_product(c, g1, h1, descriptor + 2 * (COLUMNS * 32 // 16), COLUMNS, DTYPE)
             wait_products(g0, h0, 1)
             unit_at += 1
