@@ -77,7 +77,7 @@ def priced(weight: Tensor, knob: float, _: Tensor | None = None) -> Rounded:
     searches its own step: each half octave first, then halves of that around the best, down to a sixteenth.
     """
     w = weight.float()
-    qmax, _ = grid(STEPS)
+    qmax = grid(STEPS)[0]
     # as shares of the whole layer, not of the row
     distortion, rate = 1 / w.abs().sum().clamp_min(torch.finfo(torch.float32).tiny), knob / (128 * w.numel())
 

@@ -1,6 +1,5 @@
 """Round a whole model after training, and search a method's knob for the bits that its container shall have."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +51,7 @@ class Trained:
             for name, module in exact_modules(model, ends_only=False).items()
             if isinstance(module, nn.Linear) and module is not head
         }
+        self.known: dict[Method, dict[float, float]] = {}
         self.masters = {name: module.weight.detach().clone() for name, module in self.layers.items()}
 
     def restore(self) -> None:
@@ -106,12 +106,14 @@ class Trained:
             found.append(self.cost(self.round(method, knob)))
             return found[-1].bits
 
-        knob = find_knob(bits, target, method.knob)
+        knob = find_knob(bits, target, method.knob, self.known.setdefault(method, {}))
         return knob, found[-1]
 
 
-def find_knob(bits: Callable[[float], float], target: float, span: tuple[float, float]) -> float:
-    """Where a function that falls with the knob meets a target within `TOLERANCE`; the last it was asked is returned.
+def find_knob(
+    bits: Callable[[float], float], target: float, span: tuple[float, float], known: dict[float, float] | None = None
+) -> float:
+    """Where a function that falls with the knob meets a target within `TOLERANCE`; it was asked for this knob last.
 
     Bisection in octaves, but cut where a straight line through both ends meets the target, at least a tenth from
     either: bits fall nearly straight, about one for each octave of the step.
@@ -120,20 +122,27 @@ def find_knob(bits: Callable[[float], float], target: float, span: tuple[float, 
         bits: of a knob.
         target: to be met.
         span: lowest and highest knob.
+        known: bits by knob from searches for other targets, to start from; what is found out is added.
 
     Raises:
         UserError: the target is outside what the span gives, or the function jumps over it.
     """
-    ends = [math.log2(knob) for knob in span]
-    values = [bits(knob) for knob in span]
-    if not values[1] <= target <= values[0]:
-        raise UserError(f"{target:g} bits a weight cannot be met: {values[1]:.3f} to {values[0]:.3f} can")
+    known = {} if known is None else known
+    for knob in span:
+        if knob not in known:
+            known[knob] = bits(knob)
+    if not known[span[1]] <= target <= known[span[0]]:
+        raise UserError(f"{target:g} bits a weight cannot be met: {known[span[1]]:.3f} to {known[span[0]]:.3f} can")
+    high = min(knob for knob, value in known.items() if value <= target and knob > span[0])
+    low = max(knob for knob, value in known.items() if value >= target and knob < high)
     for _ in range(TRIES):
-        share = (values[0] - target) / max(values[0] - values[1], TOLERANCE)
-        middle = ends[0] + min(max(share, 0.1), 0.9) * (ends[1] - ends[0])
-        value = bits(2**middle)
-        if abs(value - target) <= TOLERANCE:
-            return 2**middle
-        side = 0 if value > target else 1
-        ends[side], values[side] = middle, value
-    raise UserError(f"{target:g} bits a weight cannot be met within {TOLERANCE}: the nearest are {values}")
+        share = (known[low] - target) / max(known[low] - known[high], TOLERANCE)
+        middle = low * (high / low) ** min(max(share, 0.1), 0.9)
+        known[middle] = bits(middle)
+        if abs(known[middle] - target) <= TOLERANCE:
+            return middle
+        low, high = (middle, high) if known[middle] > target else (low, middle)
+    raise UserError(
+        f"{target:g} bits a weight cannot be met within {TOLERANCE}: the nearest are {known[high]:.3f} and "
+        f"{known[low]:.3f}"
+    )

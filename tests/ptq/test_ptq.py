@@ -114,11 +114,29 @@ def test_find_knob_meets_targets_and_says_what_cannot_be_met():
     def bits(knob):
         return 8 / (1 + knob)
 
-    assert bits(find_knob(bits, 3.0, (0.01, 100.0))) == pytest.approx(3, abs=0.02)
+    known: dict[float, float] = {}
+    for target in (3.0, 2.0, 5.0):
+        assert bits(find_knob(bits, target, (0.01, 100.0), known)) == pytest.approx(target, abs=0.02)
+    assert all(bits(knob) == value for knob, value in known.items())
     with pytest.raises(UserError, match="9 bits"):
         find_knob(bits, 9.0, (0.01, 100.0))
     with pytest.raises(UserError, match="nearest"):
         find_knob(lambda knob: 4.0 if knob < 1 else 2.0, 3.0, (0.01, 100.0))
+
+
+def test_a_search_starts_from_what_others_found():
+    asked = []
+
+    def bits(knob):
+        asked.append(knob)
+        return 8 / (1 + knob)
+
+    known: dict[float, float] = {}
+    knob = find_knob(bits, 3.0, (0.01, 100.0), known)
+    before = len(asked)
+    assert find_knob(bits, 3.001, (0.01, 100.0), known) == pytest.approx(knob, rel=0.02)
+    # asked once more, so that what was asked last is what is returned
+    assert len(asked) == before + 1
 
 
 def test_what_is_missing_is_named(tiny_llama):
