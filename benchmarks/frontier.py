@@ -191,9 +191,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             left.plot(bits, losses, style, marker="o", color=colour, label=f"{name}, {text}")
         right.plot(bits, [row["kl"] for row in own], marker="o", color=colour, label=name)
     left.set(ylabel="perplexity over the base's, %")
-    right.set(ylabel="mean KL to the base, nats")
+    # by chance a fine grid may even gain a little
+    left.set_yscale("symlog", linthresh=0.01)
+    right.set(ylabel="mean KL to the base, nats", yscale="log")
     for axes in (left, right):
-        axes.set(xlabel="bits stored a weight", yscale="log")
+        axes.set(xlabel="bits stored a weight")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})

@@ -27,7 +27,7 @@ def walk(model: PreTrainedModel, layers: dict[str, nn.Linear], batches: list[Ten
     Raises:
         UserError: a layer is in no block, or was not run.
     """
-    blocks = list(model.get_decoder().layers)
+    blocks = list(getattr(model.get_decoder(), "layers", []))
     name_of = {module: name for name, module in layers.items()}
     if outside := set(name_of) - {module for block in blocks for module in block.modules()}:
         raise UserError(f"{min(name_of[m] for m in outside)} is in no decoder block, so nothing calibrates it")
@@ -99,5 +99,5 @@ class _Moments:
 
 
 def _first(output: Any) -> Tensor:
-    # older blocks return a tuple
+    # some architectures' blocks return a tuple
     return output[0] if isinstance(output, tuple) else output

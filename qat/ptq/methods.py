@@ -47,6 +47,8 @@ class Method:
 
 STEPS = QuantConfig(scale=ScaleRule.std)
 """One step a row, k standard deviations, and integers of 8 bits, which at 2 to 4 bits of entropy clip nothing."""
+LAYER_STEPS = replace(STEPS, granularity=Granularity.per_tensor)
+"""One step a layer: rows that are small then take fewer bits."""
 STEP_RANGE = (2.0**-4, 4.0)
 """Of k: about 6 bits to half a bit of entropy for Gaussian rows."""
 PRICE_RANGE = (0.25, 1024.0)
@@ -62,11 +64,15 @@ def nearest(config: QuantConfig) -> Callable[[Tensor, float, Tensor | None], Rou
     return round_layer
 
 
-def compensated(weight: Tensor, knob: float, hessian: Tensor | None) -> Rounded:
-    """GPTQ on the grid of `nearest(STEPS)`: steps from the weight as trained, columns in order of their input."""
-    assert hessian is not None
-    scale = weight_scale(weight, replace(STEPS, k=knob))
-    return Rounded(gptq(weight, hessian, scale, grid(STEPS)[0]), scale)
+def compensated(config: QuantConfig) -> Callable[[Tensor, float, Tensor | None], Rounded]:
+    """GPTQ on the grid of `nearest(config)`: steps from the weight as trained, not in groups."""
+
+    def round_layer(weight: Tensor, knob: float, hessian: Tensor | None) -> Rounded:
+        assert hessian is not None
+        scale = weight_scale(weight, replace(config, k=knob))
+        return Rounded(gptq(weight, hessian, scale, grid(config)[0]), scale)
+
+    return round_layer
 
 
 @torch.no_grad()
@@ -110,7 +116,10 @@ METHODS: dict[str, Method] = {
     "int4": Method(nearest(QuantConfig(bits=4))),
     "int4-g128": Method(nearest(QuantConfig(bits=4, granularity=Granularity.per_group, group_size=128))),
     "rtn": Method(nearest(STEPS), STEP_RANGE),
-    "gptq": Method(compensated, STEP_RANGE, calibrated=True),
+    "gptq": Method(compensated(STEPS), STEP_RANGE, calibrated=True),
+    "rtn-layer": Method(nearest(LAYER_STEPS), STEP_RANGE),
+    "gptq-layer": Method(compensated(LAYER_STEPS), STEP_RANGE, calibrated=True),
     "entquant": Method(priced, PRICE_RANGE),
 }
-"""INT8 and INT4 a row, INT4 a group, k standard deviations rounded to nearest or by GPTQ, EntQuant's price."""
+"""INT8 and INT4 a row, INT4 a group; steps of k standard deviations of a row, or of a layer, rounded to nearest or by
+GPTQ; steps by EntQuant's price."""

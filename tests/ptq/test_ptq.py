@@ -16,7 +16,7 @@ from qat.ptq.calibration import walk
 from qat.ptq.methods import STEPS, priced
 from qat.quant import weight_scale
 
-KNOBS = {"rtn": 0.5, "gptq": 0.5, "entquant": 12.0}
+KNOBS = {"rtn": 0.5, "gptq": 0.5, "rtn-layer": 0.5, "gptq-layer": 0.5, "entquant": 12.0}
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def trained(tiny_llama, batches):
     "method, overrides",
     [
         ("rtn", ["quant=std", "quant.k=0.5"]),
+        ("rtn-layer", ["quant=std", "quant.k=0.5", "quant.granularity=per_tensor"]),
         ("int8", []),
         ("int4", ["quant.bits=4"]),
         ("int4-g128", ["quant.bits=4", "quant.granularity=per_group"]),
@@ -143,5 +144,8 @@ def test_what_is_missing_is_named(tiny_llama):
     bare = Trained(load_model(tiny_llama()), [])
     with pytest.raises(UserError, match="calibration"):
         bare.round(METHODS["gptq"], 0.5)
+    layers = {"odd": torch.nn.Linear(3, 3)}
+    with pytest.raises(UserError, match="odd is in no decoder block"):
+        next(walk(bare.model, layers, [torch.zeros(1, 4, dtype=torch.long)]))
     with pytest.raises(UserError, match="no knob"):
         bare.at_bits(METHODS["int8"], 4.0)
