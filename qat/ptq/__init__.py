@@ -1,0 +1,7 @@
+"""Rounding after training: what quantisation-aware training has to beat."""
+
+from qat.ptq.layerwise import gptq
+from qat.ptq.methods import METHODS, Method, Rounded
+from qat.ptq.model import Cost, Trained, find_knob
+
+__all__ = ["METHODS", "Cost", "Method", "Rounded", "Trained", "find_knob", "gptq"]

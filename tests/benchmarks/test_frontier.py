@@ -1,0 +1,82 @@
+"""The frontier's command on the tiny Llama: its rows are what they say, its figure the same for the same rows."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.frontier import METHODS, Candidate, Method, draw, main, merge
+from qat.errors import UserError
+from qat.model import load_model
+
+KEYS = {"method", "target_bits", "bits", "entropy", "ppl", "ratio", "kl", "top1", "tokens", "seconds", "knob"}
+
+
+@pytest.fixture
+def run(tiny_llama, sample_text, tmp_path):
+    """Runs the command on two texts and gives the file it wrote."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(sample_text * (1 + ord(name) % 3))
+
+    def call(*words):
+        main(
+            [f"--model={tiny_llama()}", f"--calibration={tmp_path / 'c.txt'}", "--valid", f"one={tmp_path / 'a.txt'}",
+             f"two={tmp_path / 'b.txt'}", "--windows=10", "--calibration-windows=4", "--seq-len=40",
+             f"--cache={tmp_path / 'cache'}", f"--results={tmp_path}", f"--figure={tmp_path / 'figure.svg'}", *words]
+        )  # fmt: skip
+        return json.loads((tmp_path / f"frontier-{tiny_llama().name}.json").read_text())
+
+    return call
+
+
+def test_every_method_makes_its_rows(run, tmp_path):
+    found = run("--bits", "6", "5")
+    rows = found["rows"]
+    targeted = [name for name, method in METHODS.items() if method.targeted]
+    assert {"rtn", "gptq", "entquant"} <= set(targeted)
+    assert [row["method"] for row in rows] == sorted((row["method"] for row in rows), key=list(METHODS).index)
+    assert len(rows) == 2 * len(targeted) + len(METHODS) - len(targeted)
+    for row in rows:
+        assert row.keys() == KEYS and row["tokens"] == 800
+        assert row["entropy"] < row["bits"]
+        assert row["target_bits"] is None or abs(row["bits"] - row["target_bits"]) <= 0.02
+        for text, base in found["setting"]["base_ppl"].items():
+            assert row["ratio"][text] == pytest.approx(row["ppl"][text] / base, rel=1e-4)
+    assert rows[0]["method"] == "int8" and rows[0]["kl"] == min(row["kl"] for row in rows)
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+
+
+def test_a_method_can_be_added_and_rows_of_others_stay(run, monkeypatch):
+    def untouched(study, target):
+        assert isinstance(study.device, torch.device)
+        return Candidate(load_model(study.model), target, 0.0)
+
+    run("--methods", "int8", "rtn", "--bits", "6")
+    monkeypatch.setitem(METHODS, "mine", Method(untouched, targeted=True))
+    rows = run("--methods", "mine", "rtn", "--bits", "6")["rows"]
+    assert [row["method"] for row in rows] == ["int8", "mine", "rtn"]
+    assert rows[1]["kl"] == 0 and rows[1]["top1"] == 1 and set(rows[1]["ratio"].values()) == {1}
+
+
+def test_rows_of_another_setting_go(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"setting": {"windows": 1}, "rows": [{"method": "a", "target_bits": 4}]}))
+    row = {"method": "b", "target_bits": None}
+    assert len(merge(path, {"windows": 1}, [row])) == 2
+    assert merge(path, {"windows": 2}, [row]) == [row]
+    assert merge(tmp_path / "none.json", {}, [row]) == [row]
+
+
+def test_the_same_rows_draw_the_same_file(tmp_path):
+    rows = [
+        {"method": name, "bits": bits, "ratio": {"a": 1 + 0.1 / bits, "b": 1.0}, "kl": 0.1 / bits}
+        for name in ("x", "y") for bits in (4.0, 3.0)
+    ]  # fmt: skip
+    for name in ("one", "two"):
+        draw(rows, tmp_path / f"{name}.svg")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_bits_that_no_step_gives_are_refused(run):
+    with pytest.raises(UserError, match="30 bits"):
+        run("--methods", "rtn", "--bits", "30")
