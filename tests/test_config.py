@@ -19,7 +19,7 @@ from qat.config import (
 from qat.errors import UserError
 
 GIVEN = ["model.path=m", "data.train=t", "data.valid=v"]
-GROUPS = ["model", "data", "quant", "loss", "optim", "trainer", "logger", "paths"]
+GROUPS = ["model", "data", "quant", "loss", "rate", "optim", "trainer", "logger", "paths"]
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIG_DIR / group).glob("*.yaml"))]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.config import QuantConfig, ScaleRule
-from qat.quant.fake_quant import fake_quantize
+from qat.quant.fake_quant import fake_quantize, quantize
 from qat.quant.scales import grid, weight_scale
 
 
@@ -35,6 +35,11 @@ class QATModule(nn.Module):
         qmax, group_size = grid(self.quant_config)
         scale = weight_scale(self.weight, self.quant_config, self.log2_scale)
         return fake_quantize(self.weight, scale, qmax, dtype, group_size)
+
+    def integers(self) -> Tensor:
+        """The integers that the weight is rounded to: int8 [N, K]."""
+        qmax, group_size = grid(self.quant_config)
+        return quantize(self.weight, weight_scale(self.weight, self.quant_config, self.log2_scale), qmax, group_size)
 
     def extra_repr(self) -> str:
         """The stock layer's, then bits, granularity and rule."""
