@@ -162,9 +162,9 @@ class RateConfig:
     """Optimiser steps between histograms, from which prices and the controller follow."""
     ema: float = 0.5
     """Share of the past in histograms and measured bits."""
-    proportional: float = 2.0
+    proportional: float = 4.0
     """log(weight) for a bit above the target."""
-    integral: float = 0.005
+    integral: float = 0.05
     """Growth of log(weight) an optimiser step, for a bit above the target."""
     profile: Profile = Profile.compact
     """Of the container whose bits are measured: that of the export to come."""
