@@ -4,6 +4,7 @@ The sample's tiles get the layout that export would choose for the whole tensor.
 offsets add is measured on the sample; the frequency table and the scales are counted once, over the whole tensor.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from qat.quant.scales import weight_scale
 
 
 @torch.no_grad()
-def container_overhead(modules: dict[str, QATModule], profile: str, panels: int) -> float:
+def container_overhead(modules: Mapping[str, QATModule], profile: str, panels: int) -> float:
     """Stored bits less entropy, in bits a weight over all tensors.
 
     Args:

@@ -13,7 +13,7 @@ the clip a weight is charged what the clip costs, and gets no gradient.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from rans_kernels.dense import expand_scale
@@ -138,7 +138,7 @@ class RateTerm:
     Weights that layers share count once. Every tensor has a histogram of its own, an exponential mean over refreshes.
     """
 
-    def __init__(self, modules: dict[str, QATModule], config: RateConfig, compile: bool = False):
+    def __init__(self, modules: Mapping[str, QATModule], config: RateConfig, compile: bool = False):
         """Watch layers.
 
         Args:
@@ -155,6 +155,25 @@ class RateTerm:
         self.config = config
         bits: Callable[..., Tensor] = table_bits if config.price is RatePrice.table else prior_bits
         self._bits = torch.compile(bits, dynamic=False) if compile else bits
+
+    @torch.no_grad()
+    def entropy(self) -> float:
+        """Entropy of the integers as they are, in bits a weight."""
+        modules = self.modules.values()
+        return sum(entropy(module.integers()) * module.weight.numel() for module in modules) / self.weights
+
+    @torch.no_grad()
+    def land(self, measure: Callable[[], float], target: float) -> None:
+        """Multiply all learned steps by one factor, from 1/2 to 2, that brings `measure()` to `target` bits.
+
+        What a controller leaves is a few hundredths of a bit; an octave is about a bit.
+        """
+        low, high, shift = -1.0, 1.0, 0.0
+        for _ in range(12):
+            # bits fall as steps grow
+            low, high = (shift, high) if measure() > target else (low, shift)
+            self._shift((low + high) / 2 - shift)
+            shift = (low + high) / 2
 
     @torch.no_grad()
     def refresh(self) -> float:
@@ -180,6 +199,11 @@ class RateTerm:
             arguments = module.weight, scale, about, qmax, group_size
             total.append(checkpoint(self._bits, *arguments, use_reentrant=False, preserve_rng_state=noisy))
         return torch.stack(total).sum() / self.weights
+
+    def _shift(self, octaves: float) -> None:
+        for module in self.modules.values():
+            assert module.log2_scale is not None
+            module.log2_scale.add_(octaves)
 
 
 def _clipped_steps(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import CONFIG_DIR, run_dir
-from qat.config import LoggerMode, QuantConfig, TrainConfig, register_schemas, to_plain
+from qat.config import LoggerMode, QuantConfig, RatePrice, TrainConfig, register_schemas, to_plain
 from qat.errors import UserError
 from qat.lit import build
 from qat.lit.callbacks import Checkpoints
@@ -118,6 +118,26 @@ def test_a_crashed_and_resumed_run_ends_as_the_unbroken_one(
     # by way of `latest`, as a user would
     config.trainer.resume = str(folder.parent / "latest" / "checkpoints" / "last.ckpt")
     assert run(config) == folder
+    assert_same_end(folder, unbroken)
+
+
+# with a target, noise, frozen integers: before and after the freeze at step 8, with and without a histogram
+@pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+@pytest.mark.parametrize("micro_batch", [3, 10, 15, 20])
+def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
+    make_rate_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, price: RatePrice, micro_batch: int
+) -> None:
+    rate = {"price": price, "target_bits": 12.0, "freeze": 0.34, "every": 3}
+    unbroken = build.train(make_rate_config(12, **rate))
+    config = make_rate_config(12, **rate)
+    config.name = "broken"
+    with pytest.raises(Crash):
+        run(config, monkeypatch, micro_batch, crash)
+    (folder,) = Path(config.paths.output_root, "broken").glob("2*")
+    config = make_rate_config(12, **rate)
+    config.name = "broken"
+    config.trainer.resume = str(folder / "checkpoints" / "last.ckpt")
+    run(config)
     assert_same_end(folder, unbroken)
 
 
