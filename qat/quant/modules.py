@@ -48,10 +48,12 @@ class QATModule(nn.Module):
     def freeze_integers(self) -> None:
         """Keep the integers from now on, whatever becomes of the learned scale; again, it changes nothing.
 
-        The weight gets gradients of 0, but an optimiser may still move it: call `settle` after every step.
+        The weight gets gradients of 0, but an optimiser may still move it: call `settle` after every step. Of layers
+        that share a weight, the one that owns the scale keeps the integers.
         """
-        self.frozen = self.integers()
-        self.settle()
+        if not self._owner:
+            self.frozen = self.integers()
+            self.settle()
 
     @torch.no_grad()
     def settle(self) -> None:
