@@ -213,6 +213,20 @@ def test_two_processes_train_as_one_does(make_config: MakeConfig, unbroken: Path
     assert read_checkpoint(folder / "checkpoints" / "last.ckpt").step == 6
 
 
+@pytest.mark.slow
+def test_two_processes_steer_and_freeze_as_one_does(make_rate_config: Callable[..., TrainConfig]) -> None:
+    rate = {"target_bits": 10.2, "freeze": 0.5, "ramp": 0.2}
+    alone = metrics(build.train(make_rate_config(6, **rate)))
+    config = make_rate_config(6, **rate)
+    config.name, config.trainer.devices, config.trainer.strategy = "two", 2, "ddp"
+    subprocess.run(command(config), env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    (folder,) = Path(config.paths.output_root, "two").glob("2*")
+    together = metrics(folder)
+    assert together.keys() == alone.keys()
+    for step in alone:
+        assert together[step] == pytest.approx(alone[step], rel=1e-2)
+
+
 def test_a_run_leaves_all_that_is_needed_to_use_it(make_config: MakeConfig, unbroken: Path, tiny: Path) -> None:
     names = {str(path.relative_to(unbroken)) for path in unbroken.rglob("*") if path.is_file()}
     assert names == {
