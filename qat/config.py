@@ -158,6 +158,8 @@ class RateConfig:
     """Share of max_steps over which the target goes from the bits at the start to `target_bits`."""
     freeze: float = 0.0
     """Last share of max_steps, in which integers stay and all else goes on. Needs quant.scale=learned."""
+    land: float = 0.05
+    """Octaves that all steps may move at the freeze to hit the target; many undo what rounding was trained to."""
     every: int = 10
     """Optimiser steps between histograms, from which prices and the controller follow."""
     ema: float = 0.5

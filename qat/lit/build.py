@@ -129,6 +129,7 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         f"rate.freeze={rate.freeze}: leaves no step after quant.start_step={quant.start_step}": (
             not rate.freeze or quant.start_step < freeze_step(rate, steps)
         ),
+        f"rate.land={rate.land}: must not be negative": rate.land >= 0,
         f"rate.ramp={rate.ramp}: must be from 0 to 1": 0 <= rate.ramp <= 1,
         f"rate.weight={rate.weight}: must be positive": rate.weight > 0,
         f"rate.ema={rate.ema}: must be from 0 to below 1": 0 <= rate.ema < 1,

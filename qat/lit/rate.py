@@ -105,7 +105,7 @@ class RateControl(pl.Callback):
     def _freeze(self, module: QATModule) -> None:
         if module.rate_term is not None and self.config.target_bits is not None:
             term = module.rate_term
-            term.land(lambda: self._container(term), self.config.target_bits)
+            term.land(lambda: self._container(term), self.config.target_bits, self.config.land)
         freeze(module.model)
         self.frozen = True
 

@@ -163,12 +163,12 @@ class RateTerm:
         return sum(entropy(module.integers()) * module.weight.numel() for module in modules) / self.weights
 
     @torch.no_grad()
-    def land(self, measure: Callable[[], float], target: float) -> None:
-        """Multiply all learned steps by one factor, from 1/2 to 2, that brings `measure()` to `target` bits.
+    def land(self, measure: Callable[[], float], target: float, octaves: float) -> None:
+        """Multiply all learned steps by one factor, up to so many octaves, that brings `measure()` to `target` bits.
 
         What a controller leaves is a few hundredths of a bit; an octave is about a bit.
         """
-        low, high, shift = -1.0, 1.0, 0.0
+        low, high, shift = -octaves, octaves, 0.0
         for _ in range(12):
             # bits fall as steps grow
             low, high = (shift, high) if measure() > target else (low, shift)

@@ -55,7 +55,7 @@ def test_exported_bits_are_the_target(make_rate_config: MakeRateConfig, tmp_path
     start = metrics(build.train(make_rate_config(2)), "rate/stored")[0]
     target = start + offset
     # a short run needs a quick controller
-    rate = {"target_bits": target, "freeze": 0.2, "weight": 0.3, "proportional": 8.0, "integral": 0.3}
+    rate = {"target_bits": target, "freeze": 0.2, "land": 1.0, "weight": 0.3, "proportional": 8.0, "integral": 0.3}
     folder = build.train(make_rate_config(60, **rate))
     output = tmp_path / "exported"
     export(compose("export", f"source={folder / 'checkpoints' / 'last.ckpt'}", f"output={output}"))
@@ -129,6 +129,7 @@ def test_a_checkpoint_of_frozen_integers_computes_as_it_trained(make_rate_config
         ("rate.freeze", {"freeze": 0.5, "ramp": 0.6}),
         ("rate.ramp", {"ramp": 1.5}),
         ("rate.weight", {"weight": 0.0}),
+        ("rate.land", {"land": -1.0}),
         ("rate.ema", {"ema": 1.0}),
         ("rate.every", {"every": 0}),
         ("rate.panels", {"panels": 0}),
