@@ -1,10 +1,11 @@
 """Gate, then judge training on a real model: `python -m benchmarks.qat --model M --train T --valid V`.
 
 The setting of experiment=bookllama_qat (step 0.522 standard deviations, about 3 bits; distillation alone; 600 steps
-of 64 x 512 tokens), export, and perplexity on the first windows of held-out text against the base and against
-rounding the base to nearest. The gate is zero divergent tokens and equal logits between fake-quant and compressed
-model, which holds on a CPU; on a GPU the two run different kernels, so there the gate compares integers: every tile
-is decoded and compared at export. Writes benchmarks/results/qat-<model>-<device>.json.
+of 64 x 512 tokens), then experiment=bookllama_rate at the stored bits that it came to, export, and perplexity on the
+first windows of held-out text against the base and against rounding the base to nearest. The gate is zero divergent
+tokens and equal logits between fake-quant and compressed model, which holds on a CPU; on a GPU the two run different
+kernels, so there the gate compares integers: every tile is decoded and compared at export. Writes
+benchmarks/results/qat-<model>-<device>.json.
 """
 
 import argparse
@@ -75,24 +76,28 @@ def main() -> None:
         )
         judged = judge(rounded, args.model, args.valid, args.windows, folder / "report")
         rows.append({"method": "round to nearest", **judged, "seconds": 0.0})
-        begin = time.perf_counter()
-        run = train(
-            compose(
-                "train",
-                "experiment=bookllama_qat",
-                f"model.path={args.model}",
-                texts,
-                f"data.valid={args.valid}",
-                "logger=disabled",
-                f"paths.output_root={folder}",
-                *args.overrides,
-            )  # fmt: skip
-        )
-        seconds = time.perf_counter() - begin
-        checkpoint = run / "checkpoints" / "last.ckpt"
-        trained = export(compose("export", f"source={checkpoint}", f"output={folder / 'trained'}"))
-        judged = judge(trained, args.model, args.valid, args.windows, folder / "report", f"checkpoint={checkpoint}")
-        rows.append({"method": "QAT, distillation", **judged, "seconds": round(seconds, 1)})
+        # the rate term is to be had at the bits that plain QAT came to
+        for method, experiment in [("QAT, distillation", "bookllama_qat"), ("QAT, rate term", "bookllama_rate")]:
+            same_bits = [f"rate.target_bits={rows[-1]['bits']}"] if experiment == "bookllama_rate" else []
+            begin = time.perf_counter()
+            run = train(
+                compose(
+                    "train",
+                    f"experiment={experiment}",
+                    f"model.path={args.model}",
+                    texts,
+                    f"data.valid={args.valid}",
+                    "logger=disabled",
+                    f"paths.output_root={folder}",
+                    *same_bits,
+                    *args.overrides,
+                )  # fmt: skip
+            )
+            seconds = time.perf_counter() - begin
+            checkpoint = run / "checkpoints" / "last.ckpt"
+            trained = export(compose("export", f"source={checkpoint}", f"output={folder / experiment}-coded"))
+            judged = judge(trained, args.model, args.valid, args.windows, folder / "report", f"checkpoint={checkpoint}")
+            rows.append({"method": method, **judged, "seconds": round(seconds, 1)})
     path = RESULTS / f"qat-{Path(args.model).name}-{device_slug()}.json"
     write_json(path, {"environment": environment(), "overrides": args.overrides, "rows": rows})
     print_table("perplexity at about 3 bits", list(rows[0]), [list(row.values()) for row in rows])

@@ -34,6 +34,17 @@ class ScaleRule(Enum):
     """2 ** s with s trained (LSQ gradient), starting from `init`."""
 
 
+class RatePrice(Enum):
+    """What training takes the bits of a weight to be."""
+
+    none = "none"
+    """Nothing: no rate term."""
+    table = "table"
+    """-log2 of the share of its integer in the tensor, interpolated between integers."""
+    prior = "prior"
+    """-log2 of a logistic distribution fitted to the tensor, with uniform noise in place of rounding."""
+
+
 class Profile(Enum):
     """What export optimises the coded / raw split of each layer for."""
 
@@ -135,6 +146,35 @@ class LossConfig:
 
 
 @dataclass
+class RateConfig:
+    """loss += weight * mean bits of the quantised weights, and what holds those bits to a target."""
+
+    price: RatePrice = RatePrice.none
+    weight: float = 0.02
+    """Nats a bit; where the controller starts if there are `target_bits`. At the optimum about 1.4 * KL."""
+    target_bits: float | None = None
+    """Bits a weight as stored, everything counted; null leaves `weight` as it is. Needs quant.scale=learned."""
+    ramp: float = 0.3
+    """Share of max_steps over which the target goes from the bits at the start to `target_bits`."""
+    freeze: float = 0.0
+    """Last share of max_steps, in which integers stay and all else goes on. Needs quant.scale=learned."""
+    land: float = 0.05
+    """Octaves that all steps may move at the freeze to hit the target; many undo what rounding was trained to."""
+    every: int = 10
+    """Optimiser steps between histograms, from which prices and the controller follow."""
+    ema: float = 0.5
+    """Share of the past in histograms and measured bits."""
+    proportional: float = 4.0
+    """log(weight) for a bit above the target."""
+    integral: float = 0.05
+    """Growth of log(weight) an optimiser step, for a bit above the target."""
+    profile: Profile = Profile.compact
+    """Of the container whose bits are measured: that of the export to come."""
+    panels: int = 4
+    """Panels of 16 rows of every tensor that are coded to measure what the container adds to the entropy."""
+
+
+@dataclass
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
@@ -205,6 +245,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    rate: RateConfig = field(default_factory=RateConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -289,6 +330,7 @@ def register_schemas() -> None:
         "data": DataConfig,
         "quant": QuantConfig,
         "loss": LossConfig,
+        "rate": RateConfig,
         "optim": OptimConfig,
         "trainer": TrainerConfig,
         "logger": LoggerConfig,

@@ -19,7 +19,7 @@ from qat.config import (
 from qat.errors import UserError
 
 GIVEN = ["model.path=m", "data.train=t", "data.valid=v"]
-GROUPS = ["model", "data", "quant", "loss", "optim", "trainer", "logger", "paths"]
+GROUPS = ["model", "data", "quant", "loss", "rate", "optim", "trainer", "logger", "paths"]
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIG_DIR / group).glob("*.yaml"))]
 
 
@@ -91,8 +91,12 @@ def test_plain_data_goes_there_and_back(root: str) -> None:
         (["trainer.max_steps=1.5"], ["trainer.max_steps", "1.5"]),
         (["quant.scale=median"], ["quant.scale", "median", "absmax", "std", "learned"]),
         (["quant.include=3"], ["quant.include"]),
-        (["experiment=nope"], ["experiment/nope", "bookllama_qat, debug"]),
+        (["experiment=nope"], ["experiment/nope", "bookllama_qat, bookllama_rate, debug"]),
         (["quant=nope"], ["quant/nope", "int8, learned, none"]),
+        (["rate.target_bit=3"], ["rate.target_bit"]),
+        (["rate.target_bits=few"], ["rate.target_bits", "few"]),
+        (["rate.price=entropy"], ["rate.price", "entropy", "none", "table", "prior"]),
+        (["rate=nope"], ["rate/nope", "none, prior"]),
         (["model.path"], ["model.path"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

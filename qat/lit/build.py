@@ -21,14 +21,16 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qat.checkpoint import read_checkpoint
 from qat.cli import run_dir
-from qat.config import TrainConfig, to_plain
+from qat.config import RatePrice, ScaleRule, TrainConfig, to_plain
 from qat.errors import UserError
 from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, QuantStatistics, TrainMetrics
 from qat.lit.data import TextDataModule, accumulate_grad_batches
 from qat.lit.loggers import build_loggers, finish_loggers
 from qat.lit.module import QATModule
+from qat.lit.rate import RateControl
 from qat.model import load_config, load_tokenizer
 from qat.quant import quantized_modules
+from qat.quant.control import freeze_step
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +95,49 @@ def check_config(config: TrainConfig) -> None:
     for key in ("max_steps", "valid_every", "checkpoint_every", "log_every"):
         value = getattr(trainer, key)
         checks[f"trainer.{key}={value}: must be at least 1"] = value >= 1
+    checks |= _rate_checks(config)
     for message, fine in checks.items():
         if not fine:
             raise UserError(message)
     if trainer.resume:
         _check_resume(config)
+
+
+def uses_rate(config: TrainConfig) -> bool:
+    """Whether the run has a rate term, or integers that freeze."""
+    return config.quant.enabled and (config.rate.price is not RatePrice.none or config.rate.freeze > 0)
+
+
+def _rate_checks(config: TrainConfig) -> dict[str, bool]:
+    rate, quant, steps = config.rate, config.quant, config.trainer.max_steps
+    learned, priced = quant.enabled and quant.scale is ScaleRule.learned, rate.price is not RatePrice.none
+    return {
+        f"rate.price={rate.price.value}: needs quantised layers, not quant=none": quant.enabled or not priced,
+        f"rate.target_bits={rate.target_bits}: must be positive": rate.target_bits is None or rate.target_bits > 0,
+        f"rate.target_bits={rate.target_bits}: needs a price, rate=table or rate=prior": (
+            rate.target_bits is None or priced
+        ),
+        f"rate.target_bits={rate.target_bits}: needs steps that can be steered, quant=learned": (
+            rate.target_bits is None or learned
+        ),
+        f"rate.freeze={rate.freeze}: needs steps that do not follow the weights, quant=learned": (
+            not rate.freeze or learned
+        ),
+        f"rate.freeze={rate.freeze}: must be from 0 to below 1, and leave time for the ramp": (
+            0 <= rate.freeze < 1 and (not rate.freeze or rate.ramp + rate.freeze <= 1)
+        ),
+        f"rate.freeze={rate.freeze}: leaves no step after quant.start_step={quant.start_step}": (
+            not rate.freeze or quant.start_step < freeze_step(rate, steps)
+        ),
+        f"rate.land={rate.land}: must not be negative": rate.land >= 0,
+        f"rate.ramp={rate.ramp}: must be from 0 to 1": 0 <= rate.ramp <= 1,
+        f"rate.weight={rate.weight}: must be positive": rate.weight > 0,
+        f"rate.ema={rate.ema}: must be from 0 to below 1": 0 <= rate.ema < 1,
+        f"rate.every={rate.every}: must be at least 1": rate.every >= 1,
+        f"rate.panels={rate.panels}: must be at least 1": rate.panels >= 1,
+        f"rate.proportional={rate.proportional}: must not be negative": rate.proportional >= 0,
+        f"rate.integral={rate.integral}: must not be negative": rate.integral >= 0,
+    }
 
 
 def build_trainer(config: TrainConfig, run: Path) -> pl.Trainer:
@@ -125,6 +165,8 @@ def build_trainer(config: TrainConfig, run: Path) -> pl.Trainer:
             callbacks=[
                 TrainMetrics(trainer_config.log_every),
                 QuantStatistics(),
+                # after what reads the step's figures, before what saves them
+                *([RateControl(config)] if uses_rate(config) else []),
                 Checkpoints(
                     run / "checkpoints",
                     trainer_config.checkpoint_every,
@@ -181,7 +223,7 @@ def _check_resume(config: TrainConfig) -> None:
     if checkpoint.step >= config.trainer.max_steps:
         raise UserError(f"{path} has done all of trainer.max_steps={config.trainer.max_steps} steps")
     saved, given = (to_plain(c) for c in (checkpoint.config, config))
-    fixed = [("quant", key) for key in saved["quant"]]
+    fixed = [(group, key) for group in ("quant", "rate") for key in saved[group]]
     fixed += [("data", key) for key in ("seq_len", "batch_size", "seed")]
     for group, key in fixed:
         if saved[group][key] != given[group][key]:

@@ -100,7 +100,8 @@ class Checkpoints(pl.Callback):
     """Keeps checkpoints/last.ckpt and checkpoints/best.ckpt, and saves before it gives in to Ctrl-C.
 
     Checkpoints are taken between optimiser steps only, and where a validation follows, after it: a resumed run neither
-    repeats nor misses anything. The state before quant.start_step is never the best one.
+    repeats nor misses anything. The best one is never a state before quant.start_step, nor one that the rate's phases
+    still lead away from.
     """
 
     def __init__(self, folder: Path, every: int, valid_every: int, max_steps: int):
@@ -149,7 +150,7 @@ class Checkpoints(pl.Callback):
         """Save the best, and the last if it is time."""
         assert isinstance(module, QATModule)
         value = float(trainer.callback_metrics[module.monitor])
-        if value < self.best and module.fake_quant_on == module.config.quant.enabled:
+        if value < self.best and module.fake_quant_on == module.config.quant.enabled and module.on_target:
             self.best = value
             self._save(trainer, self.folder / "best.ckpt")
         if self._due:

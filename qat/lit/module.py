@@ -1,8 +1,8 @@
 """The student in training: fake-quantised weights, the unquantised base model as teacher, nothing else of its own.
 
 Everything that changes over a run is a function of `global_step` (learning rate, start of fake quantisation) or of
-the batch index (random numbers), so a resumed run repeats the unbroken one. The teacher is no submodule: it is neither
-saved, nor wrapped by DDP, nor seen by the optimiser.
+the batch index (random numbers), or is in the state of a callback (rate), so a resumed run repeats the unbroken one.
+The teacher is no submodule: it is neither saved, nor wrapped by DDP, nor seen by the optimiser.
 """
 
 import math
@@ -16,11 +16,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_utils import PreTrainedModel
 
-from qat.config import OptimConfig, TrainConfig, from_plain
+from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
 from qat.distill import distillation_loss, token_sums
 from qat.errors import UserError
 from qat.model import check_output_logits, load_model, output_logits
-from qat.quant import prepare, set_fake_quant
+from qat.quant import prepare, quantized_modules, set_fake_quant
+from qat.quant.rate import RateTerm
 
 
 class QATModule(pl.LightningModule):
@@ -51,6 +52,13 @@ class QATModule(pl.LightningModule):
         if self.config.model.compile:
             # in place, and what is called below; state_dict keys stay as they are
             self.model.base_model.compile()
+        layers = quantized_modules(self.model)
+        priced = bool(layers) and self.config.rate.price is not RatePrice.none
+        self.rate_term = RateTerm(layers, self.config.rate, self.config.model.compile) if priced else None
+        self.rate_weight = 0.0
+        """Nats a bit, for the callback RateControl to set."""
+        self.on_target = True
+        """Whether this state may be the best one, as far as bits go; likewise."""
         # in a list, lest it becomes a submodule
         self._teacher: list[PreTrainedModel] = []
         self._train_sums = torch.zeros(4)
@@ -117,7 +125,11 @@ class QATModule(pl.LightningModule):
         )
         means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
-        return result.loss
+        accumulate = self.trainer.accumulate_grad_batches
+        if self.rate_term is None or not self.rate_weight or batch_idx % accumulate:
+            return result.loss
+        # the same for every micro-batch: once a step, and lightning divides by their number
+        return result.loss + accumulate * self.rate_weight * self.rate_term.bits()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the sums over all validation tokens."""

@@ -140,6 +140,18 @@ def set_fake_quant(model: nn.Module, enabled: bool) -> None:
         module.fake_quant_enabled = enabled
 
 
+def freeze(model: nn.Module) -> None:
+    """Keep the integers of every quantised weight from now on, while learned scales go on."""
+    for module in quantized_modules(model).values():
+        module.freeze_integers()
+
+
+def settle(model: nn.Module) -> None:
+    """Put weights back to their frozen integers, after an optimiser has stepped."""
+    for module in quantized_modules(model).values():
+        module.settle()
+
+
 def stock_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The float master weights under the keys of the model before `prepare`."""
     return {k: v for k, v in model.state_dict().items() if k.rpartition(".")[2] != "weight_log2_scale"}

@@ -38,7 +38,12 @@ def quantize(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None = 
 
 
 def fake_quantize(
-    weight: Tensor, scale: Tensor, qmax: int, dtype: torch.dtype, group_size: int | None = None
+    weight: Tensor,
+    scale: Tensor,
+    qmax: int,
+    dtype: torch.dtype,
+    group_size: int | None = None,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """dequantize(quantize(weight)) in `dtype`, to the bit; gradients as the module says.
 
@@ -48,31 +53,42 @@ def fake_quantize(
         qmax: largest integer, at most 127.
         dtype: of the result [N, K].
         group_size: columns that share a scale, or None.
+        frozen: int8 [N, K] to compute with whatever the weight is, which then gets a gradient of 0.
     """
-    return _FakeQuantize.apply(weight, scale, qmax, dtype, group_size)
+    return _FakeQuantize.apply(weight, scale, qmax, dtype, group_size, frozen)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, qmax: int, dtype: torch.dtype, group_size: int | None
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        qmax: int,
+        dtype: torch.dtype,
+        group_size: int | None,
+        frozen: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+        ctx.save_for_backward(weight, scale, frozen)
         ctx.qmax, ctx.group_size = qmax, group_size
-        return dequantize(quantize(weight, scale, qmax, group_size), scale, dtype, group_size)
+        q = quantize(weight, scale, qmax, group_size) if frozen is None else frozen
+        return dequantize(q, scale, dtype, group_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
-        steps = _steps(weight, scale, ctx.group_size)
-        inside = steps.abs() <= ctx.qmax
-        grad_weight = torch.where(inside, grad, 0).to(weight.dtype)
-        if not ctx.needs_input_grad[1]:
-            return grad_weight, None, None, None, None
-        slope = steps.round().clamp(-ctx.qmax, ctx.qmax) - torch.where(inside, steps, 0)
+        weight, scale, frozen = ctx.saved_tensors
+        if frozen is None:
+            steps = _steps(weight, scale, ctx.group_size)
+            inside = steps.abs() <= ctx.qmax
+            grad_weight = torch.where(inside, grad, 0).to(weight.dtype)
+            if not ctx.needs_input_grad[1]:
+                return grad_weight, None, None, None, None, None
+            slope = steps.round().clamp(-ctx.qmax, ctx.qmax) - torch.where(inside, steps, 0)
+        else:
+            grad_weight, slope = torch.zeros_like(weight), frozen
         shared = blocks(grad.float() * slope, scale.shape[0], ctx.group_size)
         grad_scale = torch.cat([block.sum((-2, -1)) for block in shared], dim=1)
-        return grad_weight, grad_scale, None, None, None
+        return grad_weight, grad_scale, None, None, None, None
 
 
 def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:

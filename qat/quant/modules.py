@@ -7,11 +7,12 @@ They hold the very Parameter of the layer they replace, so weights that were tie
 from typing import Any, Self
 
 import torch
+from rans_kernels.dense import dequantize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.config import QuantConfig, ScaleRule
-from qat.quant.fake_quant import fake_quantize
+from qat.quant.fake_quant import fake_quantize, quantize
 from qat.quant.scales import grid, weight_scale
 
 
@@ -24,6 +25,8 @@ class QATModule(nn.Module):
     quant_config: QuantConfig
     fake_quant_enabled: bool
     """False computes with the master weight."""
+    frozen: Tensor | None
+    """int8 [N, K] to compute with in place of the rounded weight, see `freeze_integers`; in no state_dict."""
 
     @property
     def log2_scale(self) -> nn.Parameter | None:
@@ -34,7 +37,30 @@ class QATModule(nn.Module):
         """The weight [N, K] to compute with, made in `dtype` without a float32 copy in between."""
         qmax, group_size = grid(self.quant_config)
         scale = weight_scale(self.weight, self.quant_config, self.log2_scale)
-        return fake_quantize(self.weight, scale, qmax, dtype, group_size)
+        frozen = self._owner[0].frozen if self._owner else self.frozen
+        return fake_quantize(self.weight, scale, qmax, dtype, group_size, frozen)
+
+    def integers(self) -> Tensor:
+        """The integers that the weight is rounded to: int8 [N, K]."""
+        qmax, group_size = grid(self.quant_config)
+        return quantize(self.weight, weight_scale(self.weight, self.quant_config, self.log2_scale), qmax, group_size)
+
+    def freeze_integers(self) -> None:
+        """Keep the integers from now on, whatever becomes of the learned scale; again, it changes nothing.
+
+        The weight gets gradients of 0, but an optimiser may still move it: call `settle` after every step. Of layers
+        that share a weight, the one that owns the scale keeps the integers.
+        """
+        if not self._owner:
+            self.frozen = self.integers()
+            self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the weight where frozen integers and scale say, so that rounding it gives these integers."""
+        if self.frozen is not None:
+            scale = weight_scale(self.weight, self.quant_config, self.log2_scale)
+            self.weight.copy_(dequantize(self.frozen, scale, self.weight.dtype, grid(self.quant_config)[1]))
 
     def extra_repr(self) -> str:
         """The stock layer's, then bits, granularity and rule."""
@@ -50,6 +76,7 @@ class QATModule(nn.Module):
         self.quant_config, self.fake_quant_enabled = config, True
         # in a tuple, or the owner would be registered as a submodule
         self._owner = () if owner is None else (owner,)
+        self.register_buffer("frozen", None, persistent=False)
         self.register_parameter("weight_log2_scale", None)
         if config.scale is ScaleRule.learned and owner is None:
             self._reset_log2_scale()

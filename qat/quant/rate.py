@@ -1,19 +1,41 @@
-"""What the integers of a weight cost, and how well they use their range."""
+"""What the integers of a weight cost, and how well they use their range.
+
+Two prices of a weight of w / s = u steps, in bits, differentiable in w and s. Both come from a histogram p of the
+tensor's integers that has no gradient itself: H(p) is the least cross-entropy of p under any code, so at the current
+histogram the gradient of the price is the one of the entropy (envelope theorem).
+
+    table   (1 - f) t[k] + f t[k + 1], k = floor(u), f = u - k,  t[k] = -log2 max(p[k], 2^-12)
+    prior   -log2(F((v + 1/2) / b) - F((v - 1/2) / b)),  v = u + noise in [-1/2, 1/2),  F logistic with the variance
+            of p (noise for rounding: arXiv 1611.01704; for weights: 1906.06624)
+
+The codec's tables give every integer that occurs at least one slot of 2^12, so none costs more than 12 bits. Beyond
+the clip a weight is charged what the clip costs, and gets no gradient.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 
 import torch
+from rans_kernels.dense import expand_scale
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from qat.config import RateConfig, RatePrice
 from qat.quant.convert import quantize_weight
 from qat.quant.modules import QATModule
-from qat.quant.scales import grid
+from qat.quant.scales import grid, weight_scale
+
+DEAREST = 12.0
+"""Bits of an integer that has one slot of the largest table, 2^12."""
+
+# of the logistic distribution, below which its bins would leave the range of exp
+MIN_SPREAD = 0.05
 
 
 def entropy(q: Tensor) -> float:
     """Empirical entropy of the integers, -sum p log2 p, in bits a weight; q: int8 of any shape."""
-    # read as bytes: another name for each symbol, the same entropy
-    counts = torch.bincount(q.reshape(-1).view(torch.uint8), minlength=256)
-    p = counts[counts > 0].double() / q.numel()
-    return float((p * -p.log2()).sum())
+    return share_entropy(integer_shares(q))
 
 
 def clipped_fraction(q: Tensor, qmax: int) -> float:
@@ -36,3 +58,154 @@ def weight_statistics(module: QATModule) -> dict[str, float]:
     ranked = scale.flatten().sort().values
     percentiles = {f"scale_p{p:02d}": float(ranked[round(p / 100 * (len(ranked) - 1))]) for p in (5, 50, 95)}
     return {"entropy": entropy(q), "clipped_fraction": clipped_fraction(q, qmax), **percentiles}
+
+
+def integer_shares(q: Tensor) -> Tensor:
+    """Share of every integer from -128 to 127 among q, int8 of any shape: float64 [256] on its device."""
+    counts = torch.bincount(q.reshape(-1).view(torch.uint8), minlength=256)
+    return counts.roll(128).double() / q.numel()
+
+
+def share_entropy(shares: Tensor) -> float:
+    """Entropy of a distribution [256], in bits."""
+    p = shares[shares > 0]
+    return float((p * -p.log2()).sum())
+
+
+def table_prices(shares: Tensor) -> Tensor:
+    """Bits of every integer from -128 to 127, float32 [256], from their shares [256]."""
+    return -shares.clamp_min(2.0**-DEAREST).log2().float()
+
+
+def logistic_spread(shares: Tensor) -> Tensor:
+    """Spread b, float32, in steps: of the logistic distribution around 0 with the second moment of `shares` [256]."""
+    integers = torch.arange(-128, 128, device=shares.device)
+    return ((shares * integers.square()).sum() * 3).sqrt().div(math.pi).clamp_min(MIN_SPREAD).float()
+
+
+def table_bits(weight: Tensor, scale: Tensor, prices: Tensor, qmax: int, group_size: int | None = None) -> Tensor:
+    """Sum over the weights of the interpolated table price, in bits.
+
+    Args:
+        weight: float [N, K], with gradient.
+        scale: [1, 1], [N, 1] or [N, G], see `rans_kernels.dense.expand_scale`; with gradient if it is trained.
+        prices: of every integer from -128 to 127, [256].
+        qmax: largest integer.
+        group_size: columns that share a scale, or None.
+
+    Returns:
+        A scalar; float32, or wider if the weight is.
+    """
+    steps = _clipped_steps(weight, scale, qmax, group_size)
+    # no gradient through the place in the table; the last integer has no right neighbour
+    left = steps.detach().floor().clamp_max(qmax - 1)
+    place = left.int() + 128
+    return torch.lerp(prices.to(steps.dtype)[place], prices.to(steps.dtype)[place + 1], steps - left).sum()
+
+
+def prior_bits(
+    weight: Tensor,
+    scale: Tensor,
+    spread: Tensor,
+    qmax: int,
+    group_size: int | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Sum over the weights of the price under a logistic distribution, in bits.
+
+    Args:
+        weight: float [N, K], with gradient.
+        scale: as for `table_bits`.
+        spread: of the distribution, in steps.
+        qmax: largest integer.
+        group_size: columns that share a scale, or None.
+        noise: in [-1/2, 1/2), [N, K]; None draws it.
+
+    Returns:
+        A scalar; float32, or wider if the weight is.
+    """
+    steps = _clipped_steps(weight, scale, qmax, group_size)
+    steps = steps + (torch.rand_like(steps) - 0.5 if noise is None else noise)
+    # F(x) - F(y) = (1 - e^(y - x)) / ((1 + e^y) (1 + e^-x)): no difference of nearly equal numbers in the tails
+    below, above = (steps - 0.5) / spread, (steps + 0.5) / spread
+    nats = F.softplus(below) + F.softplus(-above) - torch.log(-torch.expm1(-1 / spread))
+    return nats.sum() / math.log(2)
+
+
+class RateTerm:
+    """The mean price of a model's quantised weights, and the histograms it rests on.
+
+    Weights that layers share count once. Every tensor has a histogram of its own, an exponential mean over refreshes.
+    """
+
+    def __init__(self, modules: Mapping[str, QATModule], config: RateConfig, compile: bool = False):
+        """Watch layers.
+
+        Args:
+            modules: fake-quantising layers by name; in use they must be on one device.
+            config: which price, and how long histograms remember.
+            compile: fuse the price of a tensor into one pass (torch.compile).
+        """
+        owners: dict[int, str] = {}
+        for name, module in modules.items():
+            owners.setdefault(id(module.weight), name)
+        self.modules = {name: modules[name] for name in owners.values()}
+        self.weights = sum(module.weight.numel() for module in self.modules.values())
+        self.shares: dict[str, Tensor] = {}
+        self.config = config
+        bits: Callable[..., Tensor] = table_bits if config.price is RatePrice.table else prior_bits
+        self._bits = torch.compile(bits, dynamic=False) if compile else bits
+
+    @torch.no_grad()
+    def entropy(self) -> float:
+        """Entropy of the integers as they are, in bits a weight."""
+        modules = self.modules.values()
+        return sum(entropy(module.integers()) * module.weight.numel() for module in modules) / self.weights
+
+    @torch.no_grad()
+    def land(self, measure: Callable[[], float], target: float, octaves: float) -> None:
+        """Multiply all learned steps by one factor, up to so many octaves, that brings `measure()` to `target` bits.
+
+        What a controller leaves is a few hundredths of a bit; an octave is about a bit.
+        """
+        low, high, shift = -octaves, octaves, 0.0
+        for _ in range(12):
+            # bits fall as steps grow
+            low, high = (shift, high) if measure() > target else (low, shift)
+            self._shift((low + high) / 2 - shift)
+            shift = (low + high) / 2
+
+    @torch.no_grad()
+    def refresh(self) -> float:
+        """Take new histograms into account; gives the entropy of the integers as they are, in bits a weight."""
+        bits = 0.0
+        for name, module in self.modules.items():
+            shares = integer_shares(module.integers())
+            bits += share_entropy(shares) * module.weight.numel()
+            past = self.shares.get(name, shares).to(shares.device)
+            self.shares[name] = shares.lerp(past, self.config.ema)
+        return bits / self.weights
+
+    def bits(self) -> Tensor:
+        """Mean price in bits a weight, a scalar with gradient; the backward keeps nothing but weights and scales."""
+        noisy = self.config.price is RatePrice.prior
+        total = []
+        for name, module in self.modules.items():
+            qmax, group_size = grid(module.quant_config)
+            shares = self.shares[name].to(module.weight.device)
+            scale = weight_scale(module.weight, module.quant_config, module.log2_scale)
+            about = logistic_spread(shares) if noisy else table_prices(shares)
+            # computed again in the backward: a weight matrix is large, and its price a few passes
+            arguments = module.weight, scale, about, qmax, group_size
+            total.append(checkpoint(self._bits, *arguments, use_reentrant=False, preserve_rng_state=noisy))
+        return torch.stack(total).sum() / self.weights
+
+    def _shift(self, octaves: float) -> None:
+        for module in self.modules.values():
+            assert module.log2_scale is not None
+            module.log2_scale.add_(octaves)
+
+
+def _clipped_steps(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None) -> Tensor:
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return (wide / expand_scale(scale, weight.shape[1], group_size)).clamp(-qmax, qmax)

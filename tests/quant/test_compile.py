@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qat.config import Granularity, QuantConfig, ScaleRule
-from qat.quant import convert, prepare, set_fake_quant
+from qat.quant import convert, freeze, prepare, set_fake_quant
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +109,20 @@ def test_two_ddp_processes_train_like_one(tmp_path):
     for name, expected in model.state_dict().items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         torch.testing.assert_close(ranks[0][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_follows_when_its_integers_freeze(tiny, ids):
+    model = prepare(tiny(True), QuantConfig(scale=ScaleRule.learned, lm_head=True))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs_and_gradients(compiled, ids)
+    freeze(model)
+    with torch.no_grad():
+        # what only frozen integers do not follow
+        for parameter in model.parameters():
+            parameter *= 1.5
+    expected, wanted = outputs_and_gradients(model, ids)
+    got, gradients = outputs_and_gradients(compiled, ids)
+    assert torch.equal(got, expected)
+    assert not any(gradients[f"{name}.weight"].any() for name in ("up", "down", "embed"))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, wanted[name]), name

@@ -130,3 +130,19 @@ def test_backward_keeps_nothing_but_weight_and_scale():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         fake_quantize(weight, scale, 7, torch.bfloat16)
     assert kept == [weight.data_ptr(), scale.data_ptr()]
+
+
+def test_frozen_integers_hold_whatever_the_weight_and_give_the_scale_its_gradient():
+    torch.manual_seed(0)
+    weight = torch.randn(5, 70, requires_grad=True)
+    scale = torch.rand(5, 3).add(0.5).requires_grad_()
+    frozen = torch.randint(-7, 8, (5, 70)).to(torch.int8)
+    out = fake_quantize(weight, scale, 7, torch.float32, 32, frozen)
+    expected = scale.detach().repeat_interleave(32, 1)[:, :70].requires_grad_()
+    grad = torch.randn(5, 70)
+    out.backward(grad)
+    (frozen * expected).backward(grad)
+    assert torch.equal(out, frozen * expected)
+    assert weight.grad is not None and not weight.grad.any()
+    per_group = torch.stack([part.sum(1) for part in expected.grad.split(32, 1)], 1)
+    torch.testing.assert_close(scale.grad, per_group)

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from qat.config import Granularity, QuantConfig, ScaleRule
-from qat.quant import QATEmbedding, QATLinear, convert, prepare, quantized_modules, set_fake_quant, stock_state_dict
+from qat.quant import (
+    QATEmbedding,
+    QATLinear,
+    convert,
+    freeze,
+    prepare,
+    quantized_modules,
+    set_fake_quant,
+    settle,
+    stock_state_dict,
+)
 
 SETTINGS = list(itertools.product(ScaleRule, Granularity))
 
@@ -152,3 +162,20 @@ def test_repr_names_bits_granularity_and_rule():
     assert repr(layer) == "QATLinear(in_features=3, out_features=5, bias=True, 4 bits per_group(32) std)"
     set_fake_quant(layer, False)
     assert repr(layer).endswith("std, fake_quant=off)")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rounding_a_settled_weight_gives_the_frozen_integers_at_any_scale(tiny, ids, tied):
+    model = prepare(tiny(tied), QuantConfig(scale=ScaleRule.learned, lm_head=True, embeddings=True))
+    before = {name: m.integers() for name, m in quantized_modules(model).items()}
+    freeze(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += torch.randn_like(parameter)
+            assert parameter.isfinite().all(), name
+    computed = model(ids)
+    settle(model)
+    assert torch.equal(model(ids), computed)
+    for name, module in quantized_modules(model).items():
+        assert torch.equal(module.integers(), before[name])

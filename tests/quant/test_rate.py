@@ -4,10 +4,19 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qat.config import QuantConfig, ScaleRule
+from qat.config import QuantConfig, RateConfig, RatePrice, ScaleRule
 from qat.quant import clipped_fraction, entropy, prepare, weight_statistics
+from qat.quant.rate import (
+    RateTerm,
+    integer_shares,
+    logistic_spread,
+    prior_bits,
+    share_entropy,
+    table_bits,
+    table_prices,
+)
 
 
 def test_entropy_of_known_distributions():
@@ -39,3 +48,113 @@ def test_statistics_of_a_layer():
     assert figures["clipped_fraction"] == pytest.approx(1 / 101)
     ranks = {"scale_p05": 2, "scale_p50": 11, "scale_p95": 20}
     assert {key: figures[key] for key in ranks} == pytest.approx({key: rank / 3 for key, rank in ranks.items()})
+
+
+def gaussian_layer(step: float, rows: int = 64, columns: int = 1024) -> nn.Linear:
+    """Fake-quantised, with learned steps of so many standard deviations."""
+    torch.manual_seed(0)
+    layer = nn.Linear(columns, rows, bias=False)
+    nn.init.normal_(layer.weight)
+    return prepare(layer, QuantConfig(scale=ScaleRule.learned, init=ScaleRule.std, k=step))
+
+
+def test_table_price_of_integers_is_the_entropy_of_their_histogram():
+    torch.manual_seed(0)
+    # no integer so rare that a single slot of the codec's table is too much for it
+    q = torch.randn(64, 1000).mul(3).round().clamp(-9, 9)
+    # on the grid there is nothing to interpolate; at both ends of the range too
+    q[0, :50], q[1, :70] = 127, -127
+    shares = integer_shares(q.to(torch.int8))
+    bits = table_bits(q.double(), torch.ones(1, 1), table_prices(shares), 127)
+    assert float(bits) / q.numel() == pytest.approx(share_entropy(shares), rel=1e-6)
+
+
+@pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_gradients_are_the_slopes_of_the_price(price: RatePrice, group_size: int | None):
+    torch.manual_seed(0)
+    columns = 70
+    weight = torch.randn(4, columns, dtype=torch.float64).mul(3)
+    # away from integers, where the interpolation has a corner
+    weight = (weight.floor() + 0.1 + 0.8 * torch.rand_like(weight)).requires_grad_()
+    scale = torch.full((4, 1 if group_size is None else 3), 1.0, dtype=torch.float64, requires_grad=True)
+    shares = integer_shares(weight.detach().round().to(torch.int8))
+    noise = torch.rand(4, columns, dtype=torch.float64) - 0.5
+
+    def bits(weight: Tensor, scale: Tensor) -> Tensor:
+        if price is RatePrice.table:
+            return table_bits(weight, scale, table_prices(shares), 127, group_size)
+        return prior_bits(weight, scale, logistic_spread(shares), 127, group_size, noise)
+
+    assert torch.autograd.gradcheck(bits, (weight, scale), eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+def test_the_price_draws_weights_to_cheaper_integers_and_steps_up(price: RatePrice):
+    layer = gaussian_layer(0.5)
+    term = RateTerm({"layer": layer}, RateConfig(price=price))
+    before = term.refresh()
+    term.bits().backward()
+    assert layer.weight_log2_scale is not None
+    # an octave is a bit: each of 64 rows has its share
+    assert layer.weight_log2_scale.grad.sum() == pytest.approx(-1, abs=0.1)
+    assert (layer.weight_log2_scale.grad < 0).all()
+    with torch.no_grad():
+        layer.weight -= 0.05 * layer.weight.grad.sign()
+    assert term.refresh() < before - 0.02
+
+
+@pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+def test_beyond_the_clip_there_is_no_pull(price: RatePrice):
+    layer = gaussian_layer(0.5)
+    with torch.no_grad():
+        layer.weight[:, 0] = 1e3
+    term = RateTerm({"layer": layer}, RateConfig(price=price))
+    term.refresh()
+    term.bits().backward()
+    assert not layer.weight.grad[:, 0].any()
+    assert (layer.weight.grad != 0).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("step", [0.129, 0.259, 0.522])
+def test_both_prices_of_a_gaussian_are_its_entropy_within_a_twentieth(step: float):
+    layer = gaussian_layer(step, rows=256)
+    for price in (RatePrice.table, RatePrice.prior):
+        term = RateTerm({"layer": layer}, RateConfig(price=price))
+        bits = term.refresh()
+        assert term.bits().item() == pytest.approx(bits, rel=0.05)
+
+
+def test_tensors_weigh_as_many_as_they_have_weights_and_shared_ones_once():
+    large, small = gaussian_layer(0.25, rows=96), gaussian_layer(0.5, rows=32)
+    term = RateTerm({"a": large, "b": small, "again": small}, RateConfig(price=RatePrice.table))
+    alone = [weight_statistics(layer)["entropy"] for layer in (large, small)]
+    assert term.refresh() == pytest.approx((3 * alone[0] + alone[1]) / 4)
+
+
+def test_histograms_remember_their_past():
+    layer = gaussian_layer(0.5)
+    term = RateTerm({"layer": layer}, RateConfig(price=RatePrice.table, ema=0.75))
+    term.refresh()
+    first = term.shares["layer"]
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert term.refresh() == 0
+    assert torch.allclose(term.shares["layer"], 0.75 * first + 0.25 * (torch.arange(256) == 128))
+
+
+@pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+def test_the_price_compiles_in_one_graph(price: RatePrice):
+    torch._dynamo.reset()
+    layer = gaussian_layer(0.5, rows=16, columns=96)
+    shares = integer_shares(layer.integers())
+    arguments = layer.weight, layer.weight_log2_scale.exp2()
+    if price is RatePrice.table:
+        arguments, bits = (*arguments, table_prices(shares), 127), table_bits
+    else:
+        arguments, bits = (*arguments, logistic_spread(shares), 127, None, torch.rand(16, 96) - 0.5), prior_bits
+    results = []
+    for function in (bits, torch.compile(bits, fullgraph=True, backend="aot_eager")):
+        value = function(*arguments)
+        results.append((value, *torch.autograd.grad(value, [layer.weight, layer.weight_log2_scale], retain_graph=True)))
+    torch.testing.assert_close(*results)

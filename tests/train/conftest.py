@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from qat.config import (
     OptimConfig,
     PathsConfig,
     QuantConfig,
+    RateConfig,
+    RatePrice,
     ScaleRule,
     TrainConfig,
     TrainerConfig,
@@ -71,6 +74,22 @@ def config_for(tiny: Path, outputs: Path) -> TrainConfig:
 def make_config(tiny: Path, tmp_path: Path) -> Callable[[], TrainConfig]:
     """Gives a fresh `config_for` whose runs go to this test's folder."""
     return lambda: config_for(tiny, tmp_path / "outputs")
+
+
+@pytest.fixture
+def make_rate_config(make_config: Callable[[], TrainConfig]) -> Callable[..., TrainConfig]:
+    """Makes a config of so many steps with a rate term from the first one on; keywords are RateConfig's."""
+
+    def make(steps: int = 12, **rate: Any) -> TrainConfig:
+        config = make_config()
+        config.quant.start_step = 0
+        config.trainer.max_steps = steps
+        config.optim.scale_lr = 3e-2
+        config.optim.weight_decay = 0.0
+        config.rate = RateConfig(**({"price": RatePrice.table, "every": 2, "panels": 99} | rate))
+        return config
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import CONFIG_DIR, run_dir
-from qat.config import LoggerMode, QuantConfig, TrainConfig, register_schemas, to_plain
+from qat.config import LoggerMode, QuantConfig, RatePrice, TrainConfig, register_schemas, to_plain
 from qat.errors import UserError
 from qat.lit import build
 from qat.lit.callbacks import Checkpoints
@@ -121,6 +121,26 @@ def test_a_crashed_and_resumed_run_ends_as_the_unbroken_one(
     assert_same_end(folder, unbroken)
 
 
+# with a target, noise, frozen integers: before and after the freeze at step 8, with and without a histogram
+@pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+@pytest.mark.parametrize("micro_batch", [3, 10, 15, 20])
+def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
+    make_rate_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, price: RatePrice, micro_batch: int
+) -> None:
+    rate = {"price": price, "target_bits": 12.0, "freeze": 0.34, "every": 3}
+    unbroken = build.train(make_rate_config(12, **rate))
+    config = make_rate_config(12, **rate)
+    config.name = "broken"
+    with pytest.raises(Crash):
+        run(config, monkeypatch, micro_batch, crash)
+    (folder,) = Path(config.paths.output_root, "broken").glob("2*")
+    config = make_rate_config(12, **rate)
+    config.name = "broken"
+    config.trainer.resume = str(folder / "checkpoints" / "last.ckpt")
+    run(config)
+    assert_same_end(folder, unbroken)
+
+
 def test_a_run_resumed_from_its_best_checkpoint_repeats_the_rest(
     make_config: MakeConfig, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +211,20 @@ def test_two_processes_train_as_one_does(make_config: MakeConfig, unbroken: Path
         assert together[step] == pytest.approx(alone[step], rel=1e-3)
     # whoever has the checkpoint needs no second process
     assert read_checkpoint(folder / "checkpoints" / "last.ckpt").step == 6
+
+
+@pytest.mark.slow
+def test_two_processes_steer_and_freeze_as_one_does(make_rate_config: Callable[..., TrainConfig]) -> None:
+    rate = {"target_bits": 10.2, "freeze": 0.5, "ramp": 0.2}
+    alone = metrics(build.train(make_rate_config(6, **rate)))
+    config = make_rate_config(6, **rate)
+    config.name, config.trainer.devices, config.trainer.strategy = "two", 2, "ddp"
+    subprocess.run(command(config), env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    (folder,) = Path(config.paths.output_root, "two").glob("2*")
+    together = metrics(folder)
+    assert together.keys() == alone.keys()
+    for step in alone:
+        assert together[step] == pytest.approx(alone[step], rel=1e-2)
 
 
 def test_a_run_leaves_all_that_is_needed_to_use_it(make_config: MakeConfig, unbroken: Path, tiny: Path) -> None:

@@ -1,0 +1,51 @@
+"""What a codec's container stores beyond the entropy of the integers, from coding a sample of every tensor.
+
+The sample's tiles get the layout that export would choose for the whole tensor. What the code itself, states and
+offsets add is measured on the sample; the frequency table and the scales are counted once, over the whole tensor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from rans_kernels.coder import encode_tiles, entropy, weight_histogram
+from rans_kernels.coder.plan import choose_layout
+from rans_kernels.format import UNIT_ROWS
+
+from qat.quant.modules import QATModule
+from qat.quant.rate import integer_shares
+from qat.quant.scales import weight_scale
+
+
+@torch.no_grad()
+def container_overhead(modules: Mapping[str, QATModule], profile: str, panels: int) -> float:
+    """Stored bits less entropy, in bits a weight over all tensors.
+
+    Args:
+        modules: fake-quantising layers; layers that share a weight must be there once.
+        profile: compact, fast or auto, of the export.
+        panels: of 16 rows, spread evenly, that are coded of a tensor; if it has no more, the result is exact.
+    """
+    weights = sum(module.weight.numel() for module in modules.values())
+    return sum(_overhead_bits(module, profile, panels) for module in modules.values()) / weights
+
+
+def _overhead_bits(module: QATModule, profile: str, panels: int) -> float:
+    q = module.integers()
+    counts = (integer_shares(q) * q.numel()).round().long().cpu().numpy()
+    layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile)
+    sample = q[_panel_rows(q.shape[0], panels)].cpu().numpy()
+    encoded = encode_tiles(sample, replace(layout, shape=sample.shape))
+    scales = weight_scale(module.weight, module.quant_config, module.log2_scale).numel()
+    # bits of the sample, scaled up to the tensor, and what a tensor has once
+    grown = 8 * (encoded.nbytes - encoded.freqs.nbytes) - entropy(weight_histogram(sample)) * sample.size
+    return grown * q.numel() / sample.size + 8 * encoded.freqs.nbytes + 32 * scales
+
+
+def _panel_rows(rows: int, panels: int) -> torch.Tensor:
+    """Rows of evenly spread panels; or all rows, of which the last panel may have fewer than 16."""
+    if rows <= panels * UNIT_ROWS:
+        return torch.arange(rows)
+    chosen = np.linspace(0, rows // UNIT_ROWS - 1, panels).round().astype(np.int64)
+    return torch.from_numpy((chosen[:, None] * UNIT_ROWS + np.arange(UNIT_ROWS)).ravel())

@@ -1,0 +1,91 @@
+"""The controller that holds training to a target of stored bits, and the phases of a run.
+
+Lagrange's method: of the loss D + w R with R bits a weight, w grows while R is above the target and shrinks while it
+is below (dual ascent). What w acts on integrates: at a constant w steps drift at about their learning rate, until
+-dD/dR = w. Dual ascent alone would swing around the target, so a proportional part damps it, in logarithms because at
+high rate D = c 2^(-2R), so that log w = log(2 ln2 D) at the optimum is linear in R:
+
+    log w = a + proportional * e,   da/dstep = integral * e,   e = R - target
+
+If bits fall by g a step and unit of log w too high, nothing swings as long as 4 integral < g (proportional + 1.39)^2.
+"""
+
+import math
+from dataclasses import dataclass
+
+from qat.config import RateConfig
+
+LOWEST, HIGHEST = 1e-5, 1.0
+"""Limits of the weight, in nats a bit; the integral stops there too, so that it comes back at once."""
+
+
+@dataclass
+class BitsController:
+    """Turns measured bits into the weight of the rate term; all of its state is in its fields.
+
+    Attributes:
+        config: target, gains, smoothing.
+        steps: of the whole run.
+        log_weight: the integral part, a.
+        bits: smoothed measurement; None before the first.
+        start: the first measurement, where the ramp begins.
+        error: bits above the target at the last measurement.
+    """
+
+    config: RateConfig
+    steps: int
+    log_weight: float
+    bits: float | None = None
+    start: float | None = None
+    error: float = 0.0
+
+    @classmethod
+    def fresh(cls, config: RateConfig, steps: int) -> "BitsController":
+        """At the beginning of a run of so many optimiser steps."""
+        return cls(config, steps, math.log(config.weight))
+
+    @property
+    def weight(self) -> float:
+        """Of the rate term, in nats a bit: the configured one without a target."""
+        if self.config.target_bits is None:
+            return self.config.weight
+        return math.exp(_clamp(self.log_weight + self.config.proportional * self.error))
+
+    def target(self, step: int) -> float:
+        """Bits to be at after optimiser step `step`: a line from the first measurement, then `target_bits`."""
+        assert self.config.target_bits is not None and self.start is not None
+        done = min(1.0, step / max(1, ramp_end(self.config, self.steps)))
+        return self.start + (self.config.target_bits - self.start) * done
+
+    def update(self, step: int, measured: float) -> None:
+        """Take a measurement of stored bits into account, made after optimiser step `step`."""
+        past = self.config.ema
+        self.bits = measured if self.bits is None else past * self.bits + (1 - past) * measured
+        self.start = measured if self.start is None else self.start
+        if self.config.target_bits is not None:
+            self.error = self.bits - self.target(step)
+            self.log_weight = _clamp(self.log_weight + self.config.integral * self.config.every * self.error)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Plain numbers."""
+        return {"log_weight": self.log_weight, "bits": self.bits, "start": self.start, "error": self.error}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """As saved."""
+        assert state["log_weight"] is not None and state["error"] is not None
+        self.log_weight, self.error = state["log_weight"], state["error"]
+        self.bits, self.start = state["bits"], state["start"]
+
+
+def ramp_end(config: RateConfig, steps: int) -> int:
+    """Optimiser step at which the target is `target_bits`."""
+    return round(config.ramp * steps)
+
+
+def freeze_step(config: RateConfig, steps: int) -> int:
+    """Optimiser step from which on integers stay; `steps` if never."""
+    return round((1 - config.freeze) * steps)
+
+
+def _clamp(log_weight: float) -> float:
+    return min(max(log_weight, math.log(LOWEST)), math.log(HIGHEST))

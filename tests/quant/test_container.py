@@ -1,0 +1,45 @@
+"""The container's share of the stored bits, against whole tensors coded as export does."""
+
+import pytest
+import torch
+from rans_kernels.coder import encode_tiles, weight_histogram
+from rans_kernels.coder.plan import choose_layout
+from torch import nn
+
+from qat.config import QuantConfig, ScaleRule
+from qat.quant import prepare, weight_scale, weight_statistics
+from qat.quant.container import container_overhead
+from qat.quant.modules import QATModule
+
+
+def make_layer(rows: int, columns: int, scale: ScaleRule = ScaleRule.std) -> QATModule:
+    torch.manual_seed(0)
+    layer = nn.Linear(columns, rows, bias=False)
+    nn.init.normal_(layer.weight)
+    return prepare(layer, QuantConfig(scale=scale, init=ScaleRule.std, k=0.5))
+
+
+def stored_bits(layer: QATModule, profile: str) -> float:
+    """As `qat.export` reports them."""
+    q = layer.integers().numpy()
+    encoded = encode_tiles(q, choose_layout(weight_histogram(q), q.shape, profile))
+    scale = weight_scale(layer.weight, layer.quant_config, layer.log2_scale)
+    return 8 * (encoded.nbytes + 4 * scale.numel()) / q.size
+
+
+@pytest.mark.parametrize("profile", ["compact", "fast", "auto"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (40, 300), (64, 1100)])
+def test_of_a_tensor_that_is_coded_whole_it_is_exact(profile: str, rows: int, columns: int) -> None:
+    layer = make_layer(rows, columns, ScaleRule.absmax if rows == 1 else ScaleRule.std)
+    bits = weight_statistics(layer)["entropy"] + container_overhead({"layer": layer}, profile, panels=99)
+    assert bits == pytest.approx(stored_bits(layer, profile), rel=1e-6)
+
+
+@pytest.mark.parametrize("profile", ["compact", "fast", "auto"])
+def test_a_sample_tells_the_stored_bits_to_a_hundredth(profile: str) -> None:
+    layers = {"a": make_layer(512, 384), "b": make_layer(304, 1024)}
+    sizes = [layer.weight.numel() for layer in layers.values()]
+    exact = sum(stored_bits(layer, profile) * n for layer, n in zip(layers.values(), sizes, strict=True)) / sum(sizes)
+    entropies = [weight_statistics(layer)["entropy"] for layer in layers.values()]
+    entropy = sum(bits * n for bits, n in zip(entropies, sizes, strict=True)) / sum(sizes)
+    assert entropy + container_overhead(layers, profile, panels=4) == pytest.approx(exact, abs=0.01)
