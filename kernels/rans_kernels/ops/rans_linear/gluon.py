@@ -86,13 +86,11 @@ def multiply_tile(
 ):  # fmt: skip
     """Sums of this warp's tile, a chain of MMAs from zero."""
     left, state, raw, planes, low = begun
-    low0, low1 = low
     STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
     one = gl.full_like(lane, 1)
     below = (one << lane) - 1
     on = only(rows_on, left > 0, COLUMN_BLOCKS)
-    x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
-    x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
+    x = (load_x(x_at, on, COLUMN_BLOCKS, K * 2), load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2))
     zero = gl.full_like(lane, 0).to(gl.float32)
     c = ((zero, zero, zero, zero),) * COLUMN_BLOCKS
     take = ring
@@ -116,35 +114,25 @@ def multiply_tile(
         raw += STAGE_BYTES
         x_at += 128
         before = c
-        state, cursor, opened, carry, u = half_codes(
-            state, cursor, opened, table, below, factors, word_buffer, lane, plane, state, 0, CODED, RAW, PRECISION,
-            RING, FLOAT,
-        )  # fmt: skip
-        if FLOAT:
-            if STAGES == 1:
-                c = multiply_float_half(c, u, low0, x0, COLUMN_BLOCKS, DTYPE)
-                low0 = load_low(raw, lane, (unit + 1 < left).to(gl.uint32), 0, RAW, False)
+        carry = state
+        for half in gl.static_range(2):
+            state, cursor, opened, carry, u = half_codes(
+                state, cursor, opened, table, below, factors, word_buffer, lane, plane, carry, half, CODED, RAW,
+                PRECISION, RING, FLOAT,
+            )  # fmt: skip
+            if FLOAT and STAGES == 1:
+                c = multiply_float_half(c, u, low[half], x[half], COLUMN_BLOCKS, DTYPE)
+                following = load_low(raw, lane, (unit + 1 < left).to(gl.uint32), half, RAW, False)
+                low = (following, low[1]) if half == 0 else (low[0], following)
+            elif FLOAT:
+                c = multiply_float_half(c, u, load_low(here, lane, one, half, RAW, True), x[half], COLUMN_BLOCKS, DTYPE)
             else:
-                c = multiply_float_half(c, u, load_low(here, lane, one, 0, RAW, True), x0, COLUMN_BLOCKS, DTYPE)
-        else:
-            c = multiply_half(c, u, x0, COLUMN_BLOCKS, CODED, RAW, DTYPE)
-        x0 = load_x(x_at, on, COLUMN_BLOCKS, K * 2)
-        state, cursor, opened, carry, u = half_codes(
-            state, cursor, opened, table, below, factors, word_buffer, lane, plane, carry, 1, CODED, RAW, PRECISION,
-            RING, FLOAT,
-        )  # fmt: skip
-        if FLOAT:
-            if STAGES == 1:
-                c = multiply_float_half(c, u, low1, x1, COLUMN_BLOCKS, DTYPE)
-                low1 = load_low(raw, lane, (unit + 1 < left).to(gl.uint32), 1, RAW, False)
-            else:
-                c = multiply_float_half(c, u, load_low(here, lane, one, 1, RAW, True), x1, COLUMN_BLOCKS, DTYPE)
-        else:
-            c = multiply_half(c, u, x1, COLUMN_BLOCKS, CODED, RAW, DTYPE)
-        if FLOAT and RAGGED:
-            # x is 0 beyond the tile's end, but what is decoded there may be no number
-            c = keep_where(unit < left, c, before, COLUMN_BLOCKS)
-        x1 = load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2)
+                c = multiply_half(c, u, x[half], COLUMN_BLOCKS, CODED, RAW, DTYPE)
+            if FLOAT and RAGGED and half == 1:
+                # x is 0 beyond the tile's end, but what is decoded there may be no number
+                c = keep_where(unit < left, c, before, COLUMN_BLOCKS)
+            following = load_x(x_at + 64 * half, on, COLUMN_BLOCKS, K * 2)
+            x = (following, x[1]) if half == 0 else (x[0], following)
     return c
 
 
