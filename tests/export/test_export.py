@@ -16,20 +16,11 @@ from rans_kernels.checkpoint import iterate_weights
 from rans_kernels.format import FormatError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.config import ExportConfig, Granularity, Profile, QuantConfig, ScaleRule, from_plain
+from qat.config import Granularity, Profile, QuantConfig, ScaleRule, from_plain
 from qat.errors import UserError
-from qat.export import export, parse_size
+from qat.export import parse_size
 from qat.quant import prepare
-
-
-def run(source, output, **changes):
-    return export(ExportConfig(source=str(source), output=str(output), progress_bar=False, **changes))
-
-
-def logits(model, seed=0):
-    ids = torch.randint(0, model.config.vocab_size, (2, 31), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return model.eval()(ids).logits
+from tests.export.helpers import logits, run
 
 
 def fake_quantised(source, folder):

@@ -12,23 +12,13 @@ from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedEmbedding, CompressedLinear, TiedLinear
 from transformers import AutoModelForCausalLM
 
-from qat.config import ExportConfig, Lossless, Profile, QuantConfig
+from qat.config import Lossless, Profile, QuantConfig
 from qat.errors import UserError
-from qat.export import export
+from tests.export.helpers import logits, run
 
 PLAIN = QuantConfig(enabled=False)
 HALVES = ("bfloat16", "float16")
 MODELS = [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
-
-
-def run(source, output, **changes):
-    return export(ExportConfig(source=str(source), output=str(output), progress_bar=False, **changes))
-
-
-def logits(model, seed=0):
-    ids = torch.randint(0, model.config.vocab_size, (2, 31), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return model.eval()(ids).logits
 
 
 def compressed_names(model):
