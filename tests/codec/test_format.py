@@ -149,6 +149,10 @@ def test_a_small_matrix_is_cut_finer_than_a_large_one_of_as_many_columns():
     assert [choose_units((n, 2048), "fast") for n in (256, 2048, 5632)] == [7, 7, 8]
 
 
+def test_a_narrow_matrix_that_would_not_fill_a_gpu_has_tiles_of_8_units():
+    assert [choose_units((n, 5632), "fast") for n in (2048, 2064, 8192)] == [8, 11, 11]
+
+
 def test_profiles_other_than_compact_cut_more_tiles():
     shape = (4096, 4096)
     tiles = {p: TileLayout(shape, Split(8, 0), choose_units(shape, p)).grid[1] for p in ("compact", "auto", "fast")}

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from rans_kernels.ops import warp  # noqa: E402
 from rans_kernels.ops.table import warp_table  # noqa: E402
 
+ONE = np.uint32(1)
+
 
 @pytest.fixture(autouse=True)
 def on_numpy(monkeypatch):
@@ -19,6 +21,7 @@ def on_numpy(monkeypatch):
     monkeypatch.setattr(warp, "gl", SimpleNamespace(full_like=np.full_like, static_range=range))
     for name in ("place", "field", "piece", "raw_bits", "codes", "join_bytes"):
         monkeypatch.setattr(warp, name, getattr(warp, name).fn)
+    monkeypatch.setattr(warp, "add_constant", lambda word, one, addend: word * one + np.uint32(addend))
     monkeypatch.setattr(warp, "permute", permute)
 
 
@@ -53,9 +56,31 @@ def test_weights_come_out_of_raw_and_coded_bits(split):
     for j in range(8):
         four = coded[:, 4 * j : 4 * j + 4] << (place + 8 * np.arange(4, dtype=np.uint32))
         raw = warp.raw_bits(plane, j, split.raw_bits)
-        u = warp.codes(four.sum(1, dtype=np.uint32), raw, split.coded_bits, split.raw_bits)
+        u = warp.codes(four.sum(1, dtype=np.uint32), raw, ONE, split.coded_bits, split.raw_bits)
         found = np.ascontiguousarray(u).view(np.uint8).reshape(32, 4) + np.int16(split.low)
         assert np.array_equal(found, expected[:, 4 * j : 4 * j + 4])
+
+
+@pytest.mark.parametrize("split", [s for s in SPLITS if warp.can_sign(s.coded_bits, s.raw_bits)], ids=str)
+def test_weights_come_out_signed_with_the_table_s_own_bits(split):
+    w = np.random.default_rng(0).integers(split.low, -split.low, (16, 64)).astype(np.int8)
+    layout = TileLayout(w.shape, split, 1)
+    encoded = encode_tiles(w, layout)
+    plane = lane_words(encoded.heads[1:].view(np.uint32).reshape(-1), split.raw_bits)
+    row, column = np.moveaxis(lane_positions(), -1, 0)
+    expected = w[row, column]
+    coded = split.parts(expected)[0]
+    entries = warp_table(torch.from_numpy(encoded.freqs), layout)[:, 1].numpy().view(np.uint32)
+    placed = np.zeros(256, np.uint32)
+    placed[np.repeat(np.arange(256), encoded.freqs)] = entries
+    mask = np.uint32((0x01010101 << split.raw_bits - 1) | 0x80808080)
+    for j in range(8):
+        symbol = np.packbits(coded[:, j // 2 * 8 : j // 2 * 8 + 8], axis=1, bitorder="little")[:, 0]
+        pattern = placed[symbol]
+        turned = pattern if j % 2 == 0 else pattern >> np.uint32(1) | pattern << np.uint32(31)
+        raw = warp.raw_bits(plane, j, split.raw_bits)
+        found = warp.codes(turned & mask, raw, ONE, split.coded_bits, split.raw_bits, False, True)
+        assert np.array_equal(found.view(np.int8).reshape(32, 4), expected[:, 4 * j : 4 * j + 4])
 
 
 @pytest.mark.parametrize("split", [split for split in SPLITS if split.coded_bits > 1], ids=str)
@@ -83,6 +108,6 @@ def test_floats_come_out_of_raw_coded_and_low_bits(split, float_case):
             symbol = sum(coded[:, 4 * j + first + b].astype(int) << b * split.coded_bits for b in range(per))
             four |= placed[symbol] << np.uint32(8 * first)
         raw = warp.raw_bits(plane, j, split.raw_bits, True)
-        u = warp.codes(four, raw, split.coded_bits, split.raw_bits, True)
+        u = warp.codes(four, raw, ONE, split.coded_bits, split.raw_bits, True)
         pairs = np.stack(warp.join_bytes(u, low[j]), axis=-1)
         assert np.array_equal(np.ascontiguousarray(pairs).view(np.uint16), expected[:, 4 * j : 4 * j + 4])

@@ -12,6 +12,8 @@ BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads."""
 FILLING = 1024
 """Tiles, a warp each, that fill a GPU: 8 a multiprocessor of an H200."""
+MOST_TILES = 16
+"""Tiles of a panel where not storage but speed counts: the warps of the largest block."""
 COMPACT_BITS = 0.02
 """Bits a weight, of an ideal code, that `compact` may spend to look up two weights at once: twice as fast to decode."""
 AUTO_BITS = 0.1
@@ -72,8 +74,8 @@ def is_small(shape: tuple[int, int]) -> bool:
 
 
 def _fast_tiles(units: int) -> int:
-    """Tiles of a panel of so many units, of at least 8 each: a power of two, at most 16."""
-    return min(16, 1 << (max(1, units // 8).bit_length() - 1))
+    """Tiles of a panel of so many units, of at least 8 each: a power of two, at most `MOST_TILES`."""
+    return min(MOST_TILES, 1 << (max(1, units // 8).bit_length() - 1))
 
 
 def choose_probability_bits(split: Split, shape: tuple[int, int]) -> int:
@@ -94,8 +96,8 @@ def choose_units(shape: tuple[int, int], profile: str) -> int:
 
     compact: a power of two tiles a panel, so that blocks of so many warps are full, of at least 13 units, 416 weights a
     state. fast and auto: a power of two tiles a panel,
-    at most 16, for the warps that fill a GPU, of at least 8 units where the panel has them: 256 weights a state. Of a
-    small matrix, with fewer such tiles than `FILLING`, 7 units.
+    at most 16, for the warps that fill a GPU, of at least 8 units where the panel has them: 256 weights a state. Where
+    such tiles are not more than `FILLING`, 8 units if 16 tiles can be so short, and of a small matrix 7.
 
     Args:
         shape: (N, K) of the weight.
@@ -104,7 +106,11 @@ def choose_units(shape: tuple[int, int], profile: str) -> int:
     units = max(1, -(-shape[1] // UNIT_COLUMNS))
     if profile == "compact":
         return -(-units // (1 << (max(1, units // 13).bit_length() - 1)))
-    return 7 if is_small(shape) else -(-units // _fast_tiles(units))
+    if is_small(shape):
+        return 7
+    tiles = _fast_tiles(units)
+    few = -(-shape[0] // UNIT_ROWS) * tiles <= FILLING
+    return min(units, max(8, -(-units // MOST_TILES))) if few else -(-units // tiles)
 
 
 def choose_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str) -> TileLayout:

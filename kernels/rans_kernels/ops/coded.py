@@ -34,9 +34,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def round_rows(rows: int) -> int:
     """Rows of words in few sizes, lest kernels and torch.compile take every weight for another kind."""
-    if rows > 256:
-        return -(-rows // 64) * 64
-    return 32 << max(0, -(-rows // 32) - 1).bit_length()
+    step = 32 if rows <= 128 else 64
+    return max(1, -(-rows // step)) * step
 
 
 @dataclass(frozen=True)

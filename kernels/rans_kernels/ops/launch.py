@@ -11,6 +11,8 @@ from rans_kernels.ops.tuned import TUNED
 
 MAX_ROWS = 32
 """Rows of x that one launch takes; more are so many launches."""
+FEW_BLOCKS = 192
+"""Blocks of 8 warps of the wide kernel below which an H200 is filled more evenly by twice as many of 4."""
 FULL = 48
 """Warps a multiprocessor from which latency hides itself and a ring in shared memory costs more than it brings."""
 
@@ -69,13 +71,19 @@ class WideLaunch(NamedTuple):
     """Whether all tiles are one chain of MMAs: as fast for more columns, but another order of the sums."""
 
 
-def choose_wide_launch(rows: int) -> WideLaunch:
-    """Launch of so many rows of x in the order of the sums that all kernels share."""
+def choose_wide_launch(rows: int, panels: int, spans: int) -> WideLaunch:
+    """Launch of so many rows of x in the order of the sums that all kernels share.
+
+    Args:
+        rows: of x.
+        panels: of the weight.
+        spans: of a panel.
+    """
     columns = min(128, max(16, 1 << (rows - 1).bit_length()))
     if columns == 128:
         return WideLaunch(columns, 8, None, False)
-    # two blocks a multiprocessor
-    return WideLaunch(columns, 8, 128, False)
+    # two blocks of 8 warps a multiprocessor, four of 4
+    return WideLaunch(columns, 4 if -(-panels // 8) * spans < FEW_BLOCKS else 8, 128, False)
 
 
 @lru_cache

@@ -193,4 +193,4 @@ def word_buffer_bytes(rows: int) -> tuple[int, bool]:
     """Shared memory for so many rows of words, in few sizes, lest every weight compiles anew; whether it is a ring."""
     if 16 * rows > WORD_RING_BYTES:
         return WORD_RING_BYTES, True
-    return 512 << max(0, -(-rows // 32) - 1).bit_length(), False
+    return 512 * max(1, -(-rows // 32)), False

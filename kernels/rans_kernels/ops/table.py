@@ -36,8 +36,9 @@ def warp_table(freqs: Tensor, layout: TileLayout) -> Tensor:
 
     Returns:
         int32 [slots, 2]: frequency << 16 | offset in the symbol, and the coded bits in the bytes of their weights
-        (C = 1: of weights 4 to 7 one bit higher; floats: as high bytes, to which low bits and sign are yet to be
-        added). For coded_bits 8 int32 [slots, 1]: frequency << 20 | offset << 8 | the weight's byte.
+        (C = 1: of weights 4 to 7 one bit higher, and where R leaves them free bits 7 and 0 set, see `codes` in warp.py;
+        floats: as high bytes, to which low bits and sign are yet to be added). For coded_bits 8 int32 [slots, 1]:
+        frequency << 20 | offset << 8 | the weight's byte.
     """
     split = layout.split
     high_bytes = torch.from_numpy(layout.float_bytes()).to(freqs.device, torch.int64) if layout.is_float else None
@@ -62,6 +63,8 @@ def warp_table(freqs: Tensor, layout: TileLayout) -> Tensor:
                 else 8 * (weight % 4) + split.raw_bits - 1 + weight // 4
             )
             place |= coded << bit
+        if split.coded_bits == 1 and 2 <= split.raw_bits <= 6:
+            place |= 0x81818181
         entries = [freq[symbol] << 16 | offset, place]
     table = torch.stack(entries, dim=1)
     # two's complement: the top bit is the sign

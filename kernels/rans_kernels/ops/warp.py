@@ -24,8 +24,7 @@ def step_asm(coded, precision, ring):
     """One rANS step. Results: state, cursor, coded bits; operands: state, cursor, table, lanes below, factors, ring.
 
     Entries: frequency << 16 | offset in the symbol, and the coded bits in place; or, where a symbol is one weight,
-    frequency << 20 | offset << 8 | symbol. The factors are the bytes of an entry and 2^16: were they constants, the
-    assembler would make the products shifts, and the pipe of shifts and logic is the one that is full.
+    frequency << 20 | offset << 8 | symbol. The factors are two of `open_factors`.
     """
     if coded == 8:
         look_up = "ld.shared.u32 $2, [a]; shr.u32 f, $2, 20; mul.lo.u32 o, $2, 4096; shr.u32 o, o, 20;"
@@ -49,6 +48,17 @@ def step_asm(coded, precision, ring):
 
 
 @gluon.jit
+def open_factors(lane, entry_bytes, word_base):
+    """The bytes of an entry, 2^16 and 1, for products in place of shifts and sums.
+
+    Were they constants, the assembler would make these shifts and sums again, and the pipe of shifts and logic is the
+    one that is full.
+    """
+    base = gl.full_like(lane, 1) * word_base
+    return gl.full_like(lane, 1) * entry_bytes, base, base >> 16
+
+
+@gluon.jit
 def step(state, cursor, table, below, factors, ring, CODED: gl.constexpr, PRECISION: gl.constexpr, RING: gl.constexpr):
     """Next state, next cursor, and the symbol's coded bits in place.
 
@@ -65,16 +75,19 @@ def step(state, cursor, table, below, factors, ring, CODED: gl.constexpr, PRECIS
 @gluon.jit
 def next_word(
     state, cursor, table, below, factors, ring, J: gl.constexpr, carry, CODED: gl.constexpr, RAW: gl.constexpr,
-    PRECISION: gl.constexpr, RING: gl.constexpr,
+    PRECISION: gl.constexpr, RING: gl.constexpr, SIGNED: gl.constexpr,
 ):  # fmt: skip
-    """Coded bits, in place, of the four weights of word J; `carry` is the pattern that two words of C = 1 share."""
+    """Coded bits, in place, of the four weights of word J; `carry` is the pattern that two words of C = 1 share.
+
+    With SIGNED, which takes C = 1, the top bits of the bytes are set too: the table has them in bits 7 and 0.
+    """
     if CODED == 1:
-        MASK: gl.constexpr = 0x01010101 << (RAW - 1)
+        MASK: gl.constexpr = (0x01010101 << (RAW - 1)) | (0x80808080 if SIGNED else 0)
         if J % 2 == 0:
             state, cursor, carry = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
             coded = carry & MASK
         else:
-            coded = (carry >> 1) & MASK
+            coded = ((carry >> 1) | (carry << 31)) & MASK
     elif CODED == 2:
         state, cursor, coded = step(state, cursor, table, below, factors, ring, CODED, PRECISION, RING)
     elif CODED == 4:
@@ -273,37 +286,63 @@ def raw_bits(plane, J: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr = Fa
     return bits
 
 
+@gluon.constexpr_function
+def add_asm(addend):
+    """Sum with a constant, as a product with a factor that is 1 but no constant (`open_factors`)."""
+    return f"mad.lo.u32 $0, $1, $2, {addend};"
+
+
 @gluon.jit
-def codes(coded, raw, CODED: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr = False):
+def add_constant(word, one, ADDEND: gl.constexpr):
+    """word + ADDEND in the pipe of products."""
+    return gl.inline_asm_elementwise(add_asm(ADDEND), "=r,r,r", [word, one], dtype=gl.uint32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def codes(
+    coded, raw, one, CODED: gl.constexpr, RAW: gl.constexpr, FLOAT: gl.constexpr = False, SIGNED: gl.constexpr = False
+):
     """Weights plus their offset, a byte each, from coded and raw bits (format.Split); or the high bytes of floats.
 
     Coded bits of floats come from the table as the first high byte of their window, to which the raw bits are added.
+    With SIGNED the weights themselves, whose top bits are still to be turned by those that `coded` then has set: their
+    offset, 2^R, is a multiple of the coded bit, so that it can be taken off before.
     """
     if FLOAT and RAW > 1:
         return raw + coded
+    elif SIGNED:
+        return add_constant(raw, one, 0x01010101 * (128 - (1 << (RAW - 1)))) ^ coded
     elif CODED == 1:
-        return (raw + (0x01010101 << (RAW - 1))) ^ coded
+        return add_constant(raw, one, 0x01010101 << (RAW - 1)) ^ coded
     else:
         return raw | coded
+
+
+@gluon.constexpr_function
+def can_sign(coded, raw):
+    """Whether the table's patterns have room for the top bits of bytes (table.warp_table)."""
+    return coded == 1 and 2 <= raw <= 6
 
 
 @gluon.jit
 def half_codes(
     state, cursor, opened, table, below, factors, ring, lane, plane, carry, HALF: gl.constexpr,
     CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, RING: gl.constexpr, FLOAT: gl.constexpr = False,
+    SIGNED: gl.constexpr = False,
 ):  # fmt: skip
-    """Decode half a unit: what goes on, and the codes of this lane's four words, or high bytes of floats.
+    """Decode half a unit: what goes on, and the codes of this lane's four words, high bytes of floats, or weights.
 
-    `carry` of the first half is anything, of the second what the first gave. `opened`: of the ring, if there is one.
+    SIGNED gives weights, where `can_sign` says so. `carry` of the first half is anything, of the second what the first
+    gave. `opened`: of the ring, if there is one.
     """
     if RING:
         opened = refill_ring(ring, opened, cursor, lane, CODED, RING)
     u = ()
     for j in gl.static_range(4 * HALF, 4 * HALF + 4):
         state, cursor, coded, carry = next_word(
-            state, cursor, table, below, factors, ring, j, carry, CODED, RAW, PRECISION, RING
+            state, cursor, table, below, factors, ring, j, carry, CODED, RAW, PRECISION, RING, SIGNED
         )
-        u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), CODED, RAW, FLOAT),)
+        u = u + (codes(coded, raw_bits(plane, j, RAW, FLOAT), factors[2], CODED, RAW, FLOAT, SIGNED),)
     return state, cursor, opened, carry, u
 
 

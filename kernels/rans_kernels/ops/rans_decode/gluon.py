@@ -27,11 +27,13 @@ from rans_kernels.ops.simt import (
     word_buffer_bytes,
 )
 from rans_kernels.ops.warp import (
+    can_sign,
     entry_words,
     half_codes,
     join_bytes,
     load_low,
     load_raw,
+    open_factors,
     open_ring,
     scaled,
     stage_table,
@@ -42,8 +44,8 @@ from rans_kernels.ops.warp import (
 
 COLUMNS = {torch.int8: 16, torch.float16: 8, torch.bfloat16: 8}
 """Columns that a lane stores at once, by the dtype of the result: rows are a multiple of them."""
-LINE_PITCH = gl.constexpr(160)
-"""Bytes from row to row of the lines that a warp collects: 128, and 32 lest rows share banks."""
+LINE = gl.constexpr(128)
+"""Bytes of a row that a warp collects; 32-byte quarters are exchanged by the row lest rows share banks."""
 
 
 @gluon.constexpr_function
@@ -81,11 +83,13 @@ def put_pair(address, a, b):
 
 @gluon.constexpr_function
 def signed_asm(coded, raw):
-    """Codes of four weights to the weights, int8: each byte less the offset, by itself.
+    """Codes of four weights to the weights, int8, unless they are that (`can_sign`): each byte less the offset.
 
     With 128 added a byte borrows nothing of the next. The sum is a product with a factor that is 1 but no constant: the
     pipe of shifts and logic is the one that is full.
     """
+    if can_sign(coded, raw):
+        return "mov.b32 $0, $1; // $2"
     if coded + raw == 8:
         return "xor.b32 $0, $1, 0x80808080; // $2"
     add = 0x01010101 * (128 - (1 << (coded + raw - 1)))
@@ -101,7 +105,7 @@ def signed(u, one, CODED: gl.constexpr, RAW: gl.constexpr):
 @gluon.jit
 def decode_tiles(
     first, heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
-    word_base, one,
+    word_base,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
     WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
@@ -120,13 +124,14 @@ def decode_tiles(
     STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
     RING: gl.constexpr = STAGES * STAGE_BYTES if STAGES > 1 else 0
     WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
+    SIGNED: gl.constexpr = can_sign(CODED, RAW) and SIZE == 1
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     behind = base + TABLE_BYTES
     if WORD_RING:
         behind = align(behind, WORD_BYTES)
     word_buffer = behind + (warp * WORD_BYTES).to(gl.uint32)
     ring = behind + WARPS * WORD_BYTES + (warp * RING).to(gl.uint32)
-    lines = behind + WARPS * (WORD_BYTES + RING) + (warp * (16 * LINE_PITCH)).to(gl.uint32)
+    lines = behind + WARPS * (WORD_BYTES + RING) + (warp * (16 * LINE)).to(gl.uint32)
     tile = first + warp
     panel, across = tile // tiles, tile % tiles
     left = gl.where(tile < total, gl.minimum(panel_units - across * units, units), 0)
@@ -152,16 +157,15 @@ def decode_tiles(
     block_barrier()
     ones = gl.full_like(lane, 1)
     below = (ones << lane) - 1
-    factors = (ones * entry_bytes, ones * word_base)
-    one = ones * one
+    factors = open_factors(lane, entry_bytes, word_base)
     column = across * units * 64
     # columns of the tile that are inside the matrix end here
     end = gl.minimum(K, column + left * 64)
     if LINES:
         row = panel * 16 + (lane // 8).to(gl.int32)
         column += (lane % 8).to(gl.int32) * 16
-        put = lines + (lane // 4) * LINE_PITCH + (lane % 4) * 8
-        get = lines + (lane // 8) * LINE_PITCH + (lane % 8) * 16
+        put = lines + (lane // 4) * LINE + (lane // 4 % 4) * 32 + (lane % 4) * 8
+        get = lines + (lane // 8) * LINE + ((lane % 8) * 16 ^ (lane // 8 * 32))
         step = (gl.full_like(lane, 4) * K).to(gl.uint64)
     else:
         row = panel * 16 + (lane // 4).to(gl.int32)
@@ -203,20 +207,20 @@ def decode_tiles(
         for half in gl.static_range(2):
             state, cursor, opened, carry, four = half_codes(
                 state, cursor, opened, base, below, factors, word_buffer, lane, plane, carry, half, CODED, RAW,
-                PRECISION, WRAP, FLOAT,
+                PRECISION, WRAP, FLOAT, SIGNED,
             )  # fmt: skip
             u = u + four
         if LINES:
-            at = put + (gl.full_like(lane, 64) * (unit % 2)).to(gl.uint32)
+            at = put ^ (gl.full_like(lane, 64) * (unit % 2)).to(gl.uint32)
             for j in gl.static_range(4):
-                put_pair(at + (j // 2 * 32 + j % 2 * (8 * LINE_PITCH)), signed(u[2 * j], one, CODED, RAW),
-                         signed(u[2 * j + 1], one, CODED, RAW))  # fmt: skip
+                put_pair((at ^ (j // 2 * 32)) + j % 2 * (8 * LINE), signed(u[2 * j], factors[2], CODED, RAW),
+                         signed(u[2 * j + 1], factors[2], CODED, RAW))  # fmt: skip
             if unit % 2 == 1 or unit + 1 == units:
                 # lanes read what others wrote, and write over what others have read
                 execute(tid, "bar.warp.sync 0xffffffff;")
                 target = to
                 for i in gl.static_range(4):
-                    store_below(target, load_shared(get + i * (4 * LINE_PITCH), 4), column, limits[i], CACHE)
+                    store_below(target, load_shared(get + i * (4 * LINE), 4), column, limits[i], CACHE)
                     target += step
                 execute(tid, "bar.warp.sync 0xffffffff;")
             # two units a line
@@ -229,8 +233,8 @@ def decode_tiles(
                     upper = join_bytes(u[4 * h], low[h][0]) + join_bytes(u[4 * h + 1], low[h][1])
                     lower = join_bytes(u[4 * h + 2], low[h][2]) + join_bytes(u[4 * h + 3], low[h][3])
                 elif SIZE == 1:
-                    upper = (signed(u[4 * h], one, CODED, RAW), signed(u[4 * h + 1], one, CODED, RAW))
-                    lower = (signed(u[4 * h + 2], one, CODED, RAW), signed(u[4 * h + 3], one, CODED, RAW))
+                    upper = (signed(u[4 * h], factors[2], CODED, RAW), signed(u[4 * h + 1], factors[2], CODED, RAW))
+                    lower = (signed(u[4 * h + 2], factors[2], CODED, RAW), signed(u[4 * h + 3], factors[2], CODED, RAW))
                 else:
                     upper = scaled(u[4 * h], upper_scale, CODED, RAW, DTYPE) + scaled(
                         u[4 * h + 1], upper_scale, CODED, RAW, DTYPE
@@ -245,10 +249,10 @@ def decode_tiles(
     close_block(pieces, tid, WARPS)
 
 
-@gluon.jit(do_not_specialize=["one"])
+@gluon.jit
 def rans_decode_kernel(
     heads, words, offsets, table, scale, out, N, K, tiles, units, panel_units, total, scale_stride, entry_bytes,
-    word_base, one,
+    word_base,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
     WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
@@ -257,14 +261,14 @@ def rans_decode_kernel(
     """`decode_tiles` from program_id(0) * WARPS on."""
     decode_tiles(
         gl.program_id(0) * WARPS, heads, words, offsets, table, scale, out.to(gl.int64), N, K, tiles, units,
-        panel_units, total, scale_stride, entry_bytes, word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES,
+        panel_units, total, scale_stride, entry_bytes, word_base, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES,
         LINES, CACHE, FLOAT, WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["one"])
+@gluon.jit
 def rans_decode_many_kernel(
-    descriptors, blocks, entry_bytes, word_base, one,
+    descriptors, blocks, entry_bytes, word_base,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
     WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
@@ -281,7 +285,7 @@ def rans_decode_many_kernel(
         gl.load(at + 4).to(gl.pointer_type(gl.float32)), gl.load(at + 5), gl.load(at + 6).to(gl.int32),
         gl.load(at + 7).to(gl.int32), gl.load(at + 8).to(gl.int32), gl.load(at + 9).to(gl.int32),
         gl.load(at + 10).to(gl.int32), gl.load(at + 11).to(gl.int32), gl.load(at + 12).to(gl.int32), entry_bytes,
-        word_base, one, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, FLOAT, WORD_BYTES,
+        word_base, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, FLOAT, WORD_BYTES,
         WORD_RING,
         SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
@@ -290,7 +294,7 @@ def rans_decode_many_kernel(
 class DecodeLaunch(NamedTuple):
     """Configuration of a launch. It changes the speed, never a bit of the result."""
 
-    warps: int = 4
+    warps: int = 8
     """Of a block, a power of two."""
     stages: int = 3
     """Of the ring that raw planes pass through; 1 keeps them in registers instead."""
@@ -330,14 +334,14 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
     ring = 128 * first.layout.unit_rows * stages if stages > 1 else 0
 
     def shared_bytes(warps: int) -> int:
-        behind = warps * (ring + lines * 16 * LINE_PITCH.value)
+        behind = warps * (ring + lines * 16 * LINE.value)
         return first.table.nbytes + slack + warps * word_bytes + max(behind, overrun)
 
     device = first.heads.device
     warps = fit_shared(device, launch.warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
     return {
-        "entry_bytes": 4 * first.table.shape[1], "word_base": STATE_LOW, "one": 1,
+        "entry_bytes": 4 * first.table.shape[1], "word_base": STATE_LOW,
         "DTYPE": DTYPE_NAMES[dtype], "CODED": split.coded_bits, "RAW": split.raw_bits,
         "PRECISION": first.layout.probability_bits, "WARPS": warps, "STAGES": stages, "LINES": lines,
         "CACHE": launch.cache, "FLOAT": first.layout.is_float, "WORD_BYTES": word_bytes, "WORD_RING": word_ring,

@@ -45,6 +45,7 @@ from rans_kernels.ops.warp import (
     half_codes,
     load_low,
     load_raw,
+    open_factors,
     open_ring,
     stage_table,
     stage_unit,
@@ -180,7 +181,7 @@ def multiply_panel(
     if OVERLAP:
         # weights are nobody's result; x is
         execute(tid, "griddepcontrol.wait;")
-    factors = (gl.full_like(lane, 1) * entry_bytes, gl.full_like(lane, 1) * word_base)
+    factors = open_factors(lane, entry_bytes, word_base)
     row = (lane // 4).to(gl.int32)
     rows_on = ()
     for n in gl.static_range(COLUMN_BLOCKS):

@@ -33,6 +33,7 @@ from rans_kernels.ops.warp import (
     entry_words,
     half_codes,
     load_raw,
+    open_factors,
     open_ring,
     stage_raw,
     stage_table,
@@ -163,7 +164,7 @@ def rans_linear_hopper_kernel(
         copy_stage(x_ring, x_from, zero + s, first_thread * (left > s).to(gl.uint32), X_BYTES, STAGES)
 
     below = (one << lane) - 1
-    factors = (one * entry_bytes, one * word_base)
+    factors = open_factors(lane, entry_bytes, word_base)
     none = zero.to(gl.float32)
     total = (none,) * (COLUMNS // 2)
     c = total
@@ -308,10 +309,10 @@ def rans_linear_hopper(
     layout, (m, k) = weight.layout, x.shape
     n = layout.shape[0]
     panels, tiles = layout.grid
-    launch = launch or choose_wide_launch(m)
-    columns, warps, registers, chain = launch
-    span = tiles if chain else span_tiles(n, tiles)
-    spans, blocks = -(-tiles // span), -(-m // columns)
+    span = tiles if launch and launch.chain else span_tiles(n, tiles)
+    spans = -(-tiles // span)
+    columns, warps, registers, chain = launch or choose_wide_launch(m, panels, spans)
+    blocks = -(-m // columns)
     coded, raw = layout.split.coded_bits, layout.split.raw_bits
     word_bytes, ring = word_buffer_bytes(weight.word_rows)
     words = (warps + 1 if ring else 2 * warps) * word_bytes
