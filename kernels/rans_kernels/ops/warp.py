@@ -162,13 +162,14 @@ def open_ring(ring, words, offsets, tile, tiles, lane, RING: gl.constexpr):
 
 @gluon.jit
 def refill_ring(ring, opened, cursor, lane, CODED: gl.constexpr, RING: gl.constexpr):
-    """Before half a unit: begin to copy what there is room for, and wait for what was begun before."""
+    """Before half a unit: wait for what was begun before, and begin to copy what there is room for."""
     address, rows, filled = opened
+    execute(lane, wait_text(0))
+    # what is copied is there for all lanes, and all have read what is now written over
+    execute(lane, "bar.warp.sync 0xffffffff;")
     for _ in gl.static_range(fills(CODED)):
         filled = fill_ring(ring, address, filled, cursor, rows, lane, RING)
     execute(lane, "cp.async.commit_group;")
-    execute(lane, wait_text(1))
-    execute(lane, "bar.warp.sync 0xffffffff;")
     return address, rows, filled
 
 
