@@ -40,7 +40,7 @@ def compile_kernel(kernel: Any, split: Split, stages: int, capability: int, is_f
         "PRECISION": choose_probability_bits(split, (8192, 28672)), "COLUMN_BLOCKS": 1, "HAS_BIAS": False,
         "BFLOAT16": False,
         "WARPS": 4, "STAGES": stages, "WORD_BYTES": 2048 if ring else 512, "WORD_RING": ring,
-        "OVERLAP": capability >= 90, "DTYPE": "f16" if is_float else "i8", "LINES": not is_float, "CACHE": "",
+        "OVERLAP": capability >= 90, "DTYPE": "f16" if is_float else "i8", "LINES": 0 if is_float else 2, "CACHE": "",
         "FLOAT": is_float, "RAGGED": False, "SHARED0": 4096, "SHARED1": 4096, "SHARED2": 4096,
     }  # fmt: skip
     names = kernel.arg_names

@@ -57,11 +57,11 @@ tensors = {"heads": "*i32", "words": "*i16", "offsets": "*i32", "table": "*i32",
            "x": "*bf16", "y": "*bf16", "weight": "*i8", "out": "*i8", "descriptors": "*i64", "blocks": "*i32"}
 constants = {"CODED": 1, "RAW": 7, "PRECISION": 10, "COLUMN_BLOCKS": 2, "HAS_BIAS": True, "BFLOAT16": True, "WARPS": 4,
              "STAGES": 3, "WORD_BYTES": 512, "WORD_RING": False, "TILES": 6, "SPAN": 2, "OVERLAP": capability >= 90,
-             "DTYPE": "i8", "LINES": True, "CACHE": "", "DESCRIPTOR": 13, "FLOAT": False, "RAGGED": False,
+             "DTYPE": "i8", "LINES": 2, "CACHE": "", "DESCRIPTOR": 13, "FLOAT": False, "RAGGED": False,
              "SHARED0": 4096, "SHARED1": 2048, "SHARED2": 2048}
-half = {"DTYPE": "f16", "LINES": False, "STAGES": 1}
+half = {"DTYPE": "f16", "LINES": 0, "STAGES": 1}
 compact = {"CODED": 8, "RAW": 0, "PRECISION": 12, "STAGES": 1, "WORD_BYTES": 2048, "WORD_RING": True}
-floats = {"CODED": 2, "RAW": 3, "DTYPE": "bf16", "LINES": False, "FLOAT": True, "RAGGED": True}
+floats = {"CODED": 2, "RAW": 3, "DTYPE": "bf16", "LINES": 0, "FLOAT": True, "RAGGED": True}
 kinds = [(rans_linear_kernel, {}), (rans_linear_grouped_kernel, {}), (int8_linear_kernel, {}), (rans_decode_kernel, {}),
          (rans_decode_kernel, half), (rans_decode_kernel, compact), (rans_decode_many_kernel, {}),
          (rans_linear_kernel, floats), (rans_decode_kernel, floats)]

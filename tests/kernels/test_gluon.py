@@ -133,7 +133,7 @@ def test_the_launch_changes_no_decoded_weight(shape, split, units):
 
     coded, w, _, scale, _ = case(shape, split, units, 1, torch.float16)
     half = dequantize(w, scale, torch.float16)
-    launches = [(1, 1, True), (2, 2, True), (4, 3, True), (8, 1, True), (4, 3, False), (16, 1, False)]
+    launches = [(1, 1, 2), (2, 2, 4), (4, 3, 2), (8, 1, 4), (4, 3, 0), (16, 1, 0)]
     for launch in [DecodeLaunch(*each) for each in launches] + [DecodeLaunch(cache=".cs"), None]:
         # poison what the allocator hands out next
         torch.full((2 * w.numel(),), 77, dtype=torch.int8, device="cuda")

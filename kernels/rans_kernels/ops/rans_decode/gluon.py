@@ -44,8 +44,6 @@ from rans_kernels.ops.warp import (
 
 COLUMNS = {torch.int8: 16, torch.float16: 8, torch.bfloat16: 8}
 """Columns that a lane stores at once, by the dtype of the result: rows are a multiple of them."""
-LINE = gl.constexpr(128)
-"""Bytes of a row that a warp collects; 32-byte quarters are exchanged by the row lest rows share banks."""
 
 
 @gluon.constexpr_function
@@ -125,6 +123,8 @@ def decode_tiles(
     RING: gl.constexpr = STAGES * STAGE_BYTES if STAGES > 1 else 0
     WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
     SIGNED: gl.constexpr = can_sign(CODED, RAW) and SIZE == 1
+    LINE: gl.constexpr = 64 * LINES
+    LINE_LANES: gl.constexpr = 4 * LINES
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     behind = base + TABLE_BYTES
     if WORD_RING:
@@ -162,19 +162,20 @@ def decode_tiles(
     # columns of the tile that are inside the matrix end here
     end = gl.minimum(K, column + left * 64)
     if LINES:
-        row = panel * 16 + (lane // 8).to(gl.int32)
-        column += (lane % 8).to(gl.int32) * 16
+        row = panel * 16 + (lane // LINE_LANES).to(gl.int32)
+        column += (lane % LINE_LANES).to(gl.int32) * 16
+        # 32-byte quarters are exchanged by the row lest rows share banks
         put = lines + (lane // 4) * LINE + (lane // 4 % 4) * 32 + (lane % 4) * 8
-        get = lines + (lane // 8) * LINE + ((lane % 8) * 16 ^ (lane // 8 * 32))
-        step = (gl.full_like(lane, 4) * K).to(gl.uint64)
+        get = lines + (lane // LINE_LANES) * LINE + ((lane % LINE_LANES) * 16 ^ (lane // LINE_LANES * 32))
+        step = (gl.full_like(lane, 32 // LINE_LANES) * K).to(gl.uint64)
     else:
         row = panel * 16 + (lane // 4).to(gl.int32)
         column += (lane % 4).to(gl.int32) * 8
         step = (gl.full_like(lane, 8 * SIZE) * K).to(gl.uint64)
     to = (out + (row.to(gl.int64) * K + column) * SIZE).to(gl.uint64)
     limits = ()
-    for i in gl.static_range(4 if LINES else 2):
-        limits = limits + (gl.where(row + (4 if LINES else 8) * i < N, end, 0),)
+    for i in gl.static_range(2 * LINES if LINES else 2):
+        limits = limits + (gl.where(row + (32 // LINE_LANES if LINES else 8) * i < N, end, 0),)
     if SIZE == 2 and not FLOAT:
         upper_scale = gl.load(scale + row * scale_stride, mask=row < N, other=0.0)
         lower_scale = gl.load(scale + (row + 8) * scale_stride, mask=row + 8 < N, other=0.0)
@@ -211,21 +212,23 @@ def decode_tiles(
             )  # fmt: skip
             u = u + four
         if LINES:
-            at = put ^ (gl.full_like(lane, 64) * (unit % 2)).to(gl.uint32)
+            at = put ^ (gl.full_like(lane, 64) * (unit % LINES)).to(gl.uint32)
             for j in gl.static_range(4):
                 put_pair((at ^ (j // 2 * 32)) + j % 2 * (8 * LINE), signed(u[2 * j], factors[2], CODED, RAW),
                          signed(u[2 * j + 1], factors[2], CODED, RAW))  # fmt: skip
-            if unit % 2 == 1 or unit + 1 == units:
+            whole = (unit + 1) % LINES == 0
+            if whole or unit + 1 == units:
                 # lanes read what others wrote, and write over what others have read
                 execute(tid, "bar.warp.sync 0xffffffff;")
                 target = to
-                for i in gl.static_range(4):
-                    store_below(target, load_shared(get + i * (4 * LINE), 4), column, limits[i], CACHE)
+                for i in gl.static_range(2 * LINES):
+                    # rows of a quarter's turn that the lane's first row does not have
+                    turned = get ^ (32 // LINE_LANES * i % 4 * 32)
+                    store_below(target, load_shared(turned + i * (16 * LINE // (2 * LINES)), 4), column, limits[i], CACHE)
                     target += step
                 execute(tid, "bar.warp.sync 0xffffffff;")
-            # two units a line
-            to += (gl.full_like(lane, 128) * (unit % 2)).to(gl.uint64)
-            column += 128 * (unit % 2)
+            to += (gl.full_like(lane, LINE) * whole.to(gl.int32)).to(gl.uint64)
+            column += LINE * whole.to(gl.int32)
         else:
             for h in gl.static_range(2):
                 at = to + 32 * SIZE * h
@@ -298,8 +301,8 @@ class DecodeLaunch(NamedTuple):
     """Of a block, a power of two."""
     stages: int = 3
     """Of the ring that raw planes pass through; 1 keeps them in registers instead."""
-    lines: bool = True
-    """Whether INT8 is collected in shared memory and stored by lines."""
+    lines: int = 2
+    """Units of INT8, 2 or 4, that are collected in shared memory and stored at once, 64 bytes of a row each; or 0."""
     cache: str = ""
     """Suffix of the store: as .cs, what is written will not be read soon."""
 
@@ -326,7 +329,7 @@ def describe(weight: CodedWeight, scale: Tensor | None, out: Tensor) -> list[Any
 def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: DecodeLaunch) -> dict[str, Any]:
     """Arguments of a launch that are common to weights of one split and precision."""
     first = weights[0]
-    split, lines = first.layout.split, launch.lines and dtype is torch.int8
+    split, lines = first.layout.split, launch.lines if dtype is torch.int8 else 0
     word_bytes, word_ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
     # a ring of words stands at a multiple of its size, and a cursor that runs on stays in it
     slack, overrun = (word_bytes, 0) if word_ring else (0, max(weight.overrun_bytes for weight in weights))
@@ -334,7 +337,7 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
     ring = 128 * first.layout.unit_rows * stages if stages > 1 else 0
 
     def shared_bytes(warps: int) -> int:
-        behind = warps * (ring + lines * 16 * LINE.value)
+        behind = warps * (ring + lines * 16 * 64)
         return first.table.nbytes + slack + warps * word_bytes + max(behind, overrun)
 
     device = first.heads.device
