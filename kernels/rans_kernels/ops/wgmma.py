@@ -120,26 +120,36 @@ def stage_bytes(size):
 def copy_stage_asm(size, stages):
     """Wait until a stage is free, arrive at its barrier, which expects `size` bytes, and begin to copy them."""
     return (
-        "{ .reg .pred p, q; .reg .b32 s, b, t; .reg .b64 f; setp.ne.u32 p, $4, 0; @!p bra OVER; "
+        "{ .reg .pred p, q; .reg .b32 s, b, t; .reg .b64 f; setp.ne.u32 p, $4, 0; @!p bra.uni OVER; "
         f"and.b32 s, $3, {stages - 1}; mad.lo.u32 s, s, {stage_bytes(size)}, $1; add.u32 b, s, {size}; "
         f"shr.u32 t, $3, {stages.bit_length() - 1}; add.u32 t, t, 1; and.b32 t, t, 1; "
-        "AGAIN: mbarrier.try_wait.parity.shared.b64 q, [b+8], t; @!q bra AGAIN; "
-        f"mbarrier.arrive.expect_tx.shared.b64 _, [b], {size}; mad.wide.u32 f, $3, {size}, $2; "
-        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s], [f], {size}, [b]; "
+        f"{wait_until('b+8', 't')} mad.wide.u32 f, $3, {size}, $2; setp.ne.u32 p, $5, 0; "
+        f"@p mbarrier.arrive.expect_tx.shared.b64 _, [b], {size}; "
+        f"@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s], [f], {size}, [b]; "
         "OVER: mov.u32 $0, 0; }"
     )
 
 
+@gluon.constexpr_function
+def wait_until(barrier, parity):
+    """Wait for a phase, all lanes of a warp together: the vote tells the assembler that they do not part."""
+    return (
+        f"AGAIN: mbarrier.try_wait.parity.shared.b64 q, [{barrier}], {parity}; "
+        "vote.sync.all.pred q, q, 0xffffffff; @!q bra.uni AGAIN;"
+    )
+
+
 @gluon.jit
-def copy_stage(ring, pointer, index, on, SIZE: gl.constexpr, STAGES: gl.constexpr):
+def copy_stage(ring, pointer, index, on, first_lane, SIZE: gl.constexpr, STAGES: gl.constexpr):
     """Begin to copy piece `index`, of SIZE bytes, behind a global address (uint64) to its stage, where `on` is not 0.
 
-    For one thread of a block. STAGES is a power of two. Behind what a stage holds stand two barriers: one that the
-    copy completes, one that all warps complete when they are done with it.
+    `on` is the same for all lanes, `first_lane` 1 in one of them. STAGES is a power of two. Behind what a stage holds
+    stand two barriers: one that the copy completes, one that all warps complete when they are done with it.
     """
     gl.inline_asm_elementwise(
-        copy_stage_asm(SIZE, STAGES), "=r,r,l,r,r", [ring, pointer, index, on], dtype=gl.uint32, is_pure=False, pack=1
-    )
+        copy_stage_asm(SIZE, STAGES), "=r,r,l,r,r,r", [ring, pointer, index, on, first_lane], dtype=gl.uint32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -157,10 +167,7 @@ def release_stage(stage, on, SIZE: gl.constexpr):
 @gluon.constexpr_function
 def wait_stage_asm(size):
     """Wait for the phase of a stage's first barrier."""
-    return (
-        "{ .reg .pred q; "
-        f"AGAIN: mbarrier.try_wait.parity.shared.b64 q, [$1+{size}], $2; @!q bra AGAIN; mov.u32 $0, 0; }}"
-    )
+    return f"{{ .reg .pred q; {wait_until(f'$1+{size}', '$2')} mov.u32 $0, 0; }}"
 
 
 @gluon.jit

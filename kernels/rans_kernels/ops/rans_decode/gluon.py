@@ -112,8 +112,8 @@ def decode_tiles(
     """Write tiles `first` to first + WARPS - 1 of a matrix at address `out`, [N, K] of DTYPE; `total`: its tiles.
 
     DTYPE "i8", or "f16" or "bf16" and then weight * scale in float32, rounded once; FLOAT weights as they are. STAGES:
-    of the ring that raw planes pass through; 1 keeps them in registers, one unit ahead. LINES collects INT8 of two
-    units in shared memory and stores 128 bytes of a row at once, not 32. Shared memory: table | words | ring | lines.
+    of the ring that raw planes pass through; 1 keeps them in registers, one unit ahead. LINES, 2 or 4, collects INT8 of
+    so many units in shared memory and stores 64 bytes of a row for each at once; 0 stores 32 at once. Shared memory: table | words | ring | lines.
     Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside. With
     WORD_RING, of many words, they pass through a ring of WORD_BYTES, and STAGES is 1.
     """
@@ -223,8 +223,8 @@ def decode_tiles(
                 target = to
                 for i in gl.static_range(2 * LINES):
                     # rows of a quarter's turn that the lane's first row does not have
-                    turned = get ^ (32 // LINE_LANES * i % 4 * 32)
-                    store_below(target, load_shared(turned + i * (16 * LINE // (2 * LINES)), 4), column, limits[i], CACHE)
+                    turned = (get ^ (32 // LINE_LANES * i % 4 * 32)) + i * (16 * LINE // (2 * LINES))
+                    store_below(target, load_shared(turned, 4), column, limits[i], CACHE)
                     target += step
                 execute(tid, "bar.warp.sync 0xffffffff;")
             to += (gl.full_like(lane, LINE) * whole.to(gl.int32)).to(gl.uint64)
@@ -301,7 +301,7 @@ class DecodeLaunch(NamedTuple):
     """Of a block, a power of two."""
     stages: int = 3
     """Of the ring that raw planes pass through; 1 keeps them in registers instead."""
-    lines: int = 2
+    lines: int = 4
     """Units of INT8, 2 or 4, that are collected in shared memory and stored at once, 64 bytes of a row each; or 0."""
     cache: str = ""
     """Suffix of the store: as .cs, what is written will not be read soon."""

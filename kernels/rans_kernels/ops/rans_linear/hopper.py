@@ -161,7 +161,8 @@ def rans_linear_hopper_kernel(
     first_unit = gl.program_id(2).to(gl.int64) * panel_units + first * units
     x_from = (x + first_unit * (64 * COLUMNS)).to(gl.uint64) + (0 * lane).to(gl.uint64)
     for s in gl.static_range(STAGES - 2):
-        copy_stage(x_ring, x_from, zero + s, first_thread * (left > s).to(gl.uint32), X_BYTES, STAGES)
+        on = ((left > s) & (warp == 0)).to(gl.uint32)
+        copy_stage(x_ring, x_from, zero + s, on, first_lane, X_BYTES, STAGES)
 
     below = (one << lane) - 1
     factors = open_factors(lane, entry_bytes, word_base)
@@ -172,7 +173,6 @@ def rans_linear_hopper_kernel(
     h1 = (zero,) * 4
     cursor = word_buffer
     other = word_buffer + WORD_BYTES
-    unit_at = 0
     for tile in range(first, last):
         if not CHAIN:
             c = (none,) * (COLUMNS // 2)
@@ -196,13 +196,15 @@ def rans_linear_hopper_kernel(
         execute(tid, "bar.warp.sync 0xffffffff;")
         if not WORD_RING:
             stage_words(other, words, offsets, tile + 1 + 0 * warp, tiles, lane, WORD_BYTES)
-        for _ in range(0, gl.minimum(units, panel_units - tile * units)):
+        for unit in range(0, gl.minimum(units, panel_units - tile * units)):
             # rings of raw planes and of x turn alike; x goes into the stage of two units ago
+            unit_at = (tile - first) * units + unit
             slot = unit_at & (STAGES - 1)
             slot_before = (unit_at + STAGES - 1) & (STAGES - 1)
             ahead = unit_at + STAGES - 2
-            on = first_thread * gl.where(ahead < left, 1, 0).to(gl.uint32)
-            copy_stage(x_ring, x_from, zero + ahead.to(gl.uint32), on, X_BYTES, STAGES)
+            # warps take turns, for none to be slower than the others
+            on = ((ahead < left) & (warp == unit_at & (WARPS - 1))).to(gl.uint32)
+            copy_stage(x_ring, x_from, zero + ahead.to(gl.uint32), on, first_lane, X_BYTES, STAGES)
             execute(tid, wait_text(STAGES - 2))
             plane = load_raw(ring + (slot * STAGE_BYTES).to(gl.uint32), lane, one, RAW, True)
             stage_raw(ring + (slot_before * STAGE_BYTES).to(gl.uint32), raw, lane,
@@ -232,7 +234,6 @@ def rans_linear_hopper_kernel(
             g1, h1 = row_operands(u, CODED, RAW, DTYPE)
             c = begin_product(c, g1, h1, descriptor + 2 * (COLUMNS * 32 // 16), COLUMNS, DTYPE)
             wait_products(g0, h0, 1)
-            unit_at += 1
         if not CHAIN:
             c = finish_products(c, COLUMNS)
             if SPAN == 1:
