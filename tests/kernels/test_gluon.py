@@ -133,8 +133,8 @@ def test_the_launch_changes_no_decoded_weight(shape, split, units):
 
     coded, w, _, scale, _ = case(shape, split, units, 1, torch.float16)
     half = dequantize(w, scale, torch.float16)
-    launches = [(1, 1, 2), (2, 2, 4), (4, 3, 2), (8, 1, 4), (4, 3, 0), (16, 1, 0)]
-    for launch in [DecodeLaunch(*each) for each in launches] + [DecodeLaunch(cache=".cs"), None]:
+    launches = [(1, 1, 2), (1, 3, 4), (2, 2, 4), (4, 3, 2), (8, 1, 4), (4, 3, 0), (16, 1, 0)]
+    for launch in [DecodeLaunch(*each) for each in launches] + [DecodeLaunch(4, 3, 4, ".cs"), None]:
         # poison what the allocator hands out next
         torch.full((2 * w.numel(),), 77, dtype=torch.int8, device="cuda")
         assert torch.equal(rans_decode_gluon(coded, launch=launch), w)

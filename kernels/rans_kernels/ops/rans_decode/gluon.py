@@ -1,4 +1,4 @@
-"""Decode kernels for NVIDIA GPUs: a warp a tile, weights written once, whole lines of memory where they are INT8."""
+"""Decode kernels for NVIDIA GPUs: a warp a tile, weights written once, whole lines of memory at once."""
 
 # tuples grow in loops that are unrolled
 # mypy: disable-error-code="assignment,misc"
@@ -70,13 +70,25 @@ def store_below(pointer, values, column, limit, CACHE: gl.constexpr):
         )  # fmt: skip
 
 
+@gluon.constexpr_function
+def put_asm(n):
+    """Vector store of n registers to shared memory."""
+    values = ", ".join(f"${i}" for i in range(2, n + 2))
+    return f"st.shared.v{n}.u32 [$1], {{{values}}}; mov.u32 $0, 0;"
+
+
 @gluon.jit
-def put_pair(address, a, b):
-    """Two 32-bit values at a shared address."""
-    gl.inline_asm_elementwise(
-        "st.shared.v2.u32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r", [address, a, b], dtype=gl.uint32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
+def put(address, values):
+    """Two or four 32-bit values at a shared address."""
+    if len(values) == 2:
+        gl.inline_asm_elementwise(
+            put_asm(2), "=r,r,r,r", [address, values[0], values[1]], dtype=gl.uint32, is_pure=False, pack=1
+        )
+    else:
+        gl.inline_asm_elementwise(
+            put_asm(4), "=r,r,r,r,r,r", [address, values[0], values[1], values[2], values[3]], dtype=gl.uint32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -112,10 +124,10 @@ def decode_tiles(
     """Write tiles `first` to first + WARPS - 1 of a matrix at address `out`, [N, K] of DTYPE; `total`: its tiles.
 
     DTYPE "i8", or "f16" or "bf16" and then weight * scale in float32, rounded once; FLOAT weights as they are. STAGES:
-    of the ring that raw planes pass through; 1 keeps them in registers, one unit ahead. LINES, 2 or 4, collects INT8 of
-    so many units in shared memory and stores 64 bytes of a row for each at once; 0 stores 32 at once. Shared memory: table | words | ring | lines.
-    Words stand in front, so that a damaged stream, whose cursor runs on, reads what is behind and nothing outside. With
-    WORD_RING, of many words, they pass through a ring of WORD_BYTES, and STAGES is 1.
+    of the ring that raw planes pass through; 1 keeps them in registers, one unit ahead. LINES, 2 or 4: 64 times so many
+    bytes of a row are collected in shared memory and stored at once; 0 stores what a lane has of a row. Shared memory:
+    table | words | ring | lines. Words stand in front, so that a damaged stream, whose cursor runs on, reads what is
+    behind and nothing outside. With WORD_RING, of many words, they pass through a ring of WORD_BYTES, and STAGES is 1.
     """
     SIZE: gl.constexpr = 1 if DTYPE == "i8" else 2
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
@@ -124,14 +136,22 @@ def decode_tiles(
     WRAP: gl.constexpr = WORD_BYTES if WORD_RING else 0
     SIGNED: gl.constexpr = can_sign(CODED, RAW) and SIZE == 1
     LINE: gl.constexpr = 64 * LINES
+    LINE_UNITS: gl.constexpr = LINES // SIZE
     LINE_LANES: gl.constexpr = 4 * LINES
+    # rows at once of a store
+    LINE_ROWS: gl.constexpr = 8 // LINES if LINES else 8
+    # parts of a line are exchanged by the row, lest rows share banks
+    PART: gl.constexpr = 32 * SIZE
+    TURNS: gl.constexpr = 4 // SIZE
     tid, lane, warp, pieces, base = open_block(WARPS, SHARED0, SHARED1, SHARED2)
     behind = base + TABLE_BYTES
     if WORD_RING:
         behind = align(behind, WORD_BYTES)
     word_buffer = behind + (warp * WORD_BYTES).to(gl.uint32)
     ring = behind + WARPS * WORD_BYTES + (warp * RING).to(gl.uint32)
-    lines = behind + WARPS * (WORD_BYTES + RING) + (warp * (16 * LINE)).to(gl.uint32)
+    lines = behind + WARPS * (WORD_BYTES + RING)
+    if LINES:
+        lines = align(lines, LINE) + (warp * (16 * LINE)).to(gl.uint32)
     tile = first + warp
     panel, across = tile // tiles, tile % tiles
     left = gl.where(tile < total, gl.minimum(panel_units - across * units, units), 0)
@@ -161,24 +181,25 @@ def decode_tiles(
     column = across * units * 64
     # columns of the tile that are inside the matrix end here
     end = gl.minimum(K, column + left * 64)
+    own_row = panel * 16 + (lane // 4).to(gl.int32)
     if LINES:
         row = panel * 16 + (lane // LINE_LANES).to(gl.int32)
-        column += (lane % LINE_LANES).to(gl.int32) * 16
-        # 32-byte quarters are exchanged by the row lest rows share banks
-        put = lines + (lane // 4) * LINE + (lane // 4 % 4) * 32 + (lane % 4) * 8
-        get = lines + (lane // LINE_LANES) * LINE + ((lane % LINE_LANES) * 16 ^ (lane // LINE_LANES * 32))
-        step = (gl.full_like(lane, 32 // LINE_LANES) * K).to(gl.uint64)
+        column += (lane % LINE_LANES).to(gl.int32) * (16 // SIZE)
+        to_line = lines + (lane // 4) * LINE + (lane // 4 % TURNS) * PART + (lane % 4) * (8 * SIZE)
+        from_line = (
+            lines + (lane // LINE_LANES) * LINE + ((lane % LINE_LANES) * 16 ^ (lane // LINE_LANES % TURNS * PART))
+        )
     else:
-        row = panel * 16 + (lane // 4).to(gl.int32)
+        row = own_row
         column += (lane % 4).to(gl.int32) * 8
-        step = (gl.full_like(lane, 8 * SIZE) * K).to(gl.uint64)
+    step = (gl.full_like(lane, LINE_ROWS * SIZE) * K).to(gl.uint64)
     to = (out + (row.to(gl.int64) * K + column) * SIZE).to(gl.uint64)
     limits = ()
-    for i in gl.static_range(2 * LINES if LINES else 2):
-        limits = limits + (gl.where(row + (32 // LINE_LANES if LINES else 8) * i < N, end, 0),)
+    for i in gl.static_range(16 // LINE_ROWS):
+        limits = limits + (gl.where(row + LINE_ROWS * i < N, end, 0),)
     if SIZE == 2 and not FLOAT:
-        upper_scale = gl.load(scale + row * scale_stride, mask=row < N, other=0.0)
-        lower_scale = gl.load(scale + (row + 8) * scale_stride, mask=row + 8 < N, other=0.0)
+        upper_scale = gl.load(scale + own_row * scale_stride, mask=own_row < N, other=0.0)
+        lower_scale = gl.load(scale + (own_row + 8) * scale_stride, mask=own_row + 8 < N, other=0.0)
     take = ring
     give = ring + (STAGES - 1) * STAGE_BYTES
     carry = state
@@ -211,42 +232,41 @@ def decode_tiles(
                 PRECISION, WRAP, FLOAT, SIGNED,
             )  # fmt: skip
             u = u + four
+        for h in gl.static_range(2):
+            if FLOAT:
+                upper = join_bytes(u[4 * h], low[h][0]) + join_bytes(u[4 * h + 1], low[h][1])
+                lower = join_bytes(u[4 * h + 2], low[h][2]) + join_bytes(u[4 * h + 3], low[h][3])
+            elif SIZE == 1:
+                upper = (signed(u[4 * h], factors[2], CODED, RAW), signed(u[4 * h + 1], factors[2], CODED, RAW))
+                lower = (signed(u[4 * h + 2], factors[2], CODED, RAW), signed(u[4 * h + 3], factors[2], CODED, RAW))
+            else:
+                upper = scaled(u[4 * h], upper_scale, CODED, RAW, DTYPE) + scaled(
+                    u[4 * h + 1], upper_scale, CODED, RAW, DTYPE
+                )
+                lower = scaled(u[4 * h + 2], lower_scale, CODED, RAW, DTYPE) + scaled(
+                    u[4 * h + 3], lower_scale, CODED, RAW, DTYPE
+                )
+            if LINES:
+                at = to_line ^ (gl.full_like(lane, 2 * PART) * (unit % LINE_UNITS) + PART * h).to(gl.uint32)
+                put(at, upper)
+                put(at + 8 * LINE, lower)
+            else:
+                store_below(to + PART * h, upper, column, limits[0] - 32 * h, CACHE)
+                store_below(to + PART * h + step, lower, column, limits[1] - 32 * h, CACHE)
         if LINES:
-            at = put ^ (gl.full_like(lane, 64) * (unit % LINES)).to(gl.uint32)
-            for j in gl.static_range(4):
-                put_pair((at ^ (j // 2 * 32)) + j % 2 * (8 * LINE), signed(u[2 * j], factors[2], CODED, RAW),
-                         signed(u[2 * j + 1], factors[2], CODED, RAW))  # fmt: skip
-            whole = (unit + 1) % LINES == 0
+            whole = (unit + 1) % LINE_UNITS == 0
             if whole or unit + 1 == units:
                 # lanes read what others wrote, and write over what others have read
                 execute(tid, "bar.warp.sync 0xffffffff;")
                 target = to
-                for i in gl.static_range(2 * LINES):
-                    # rows of a quarter's turn that the lane's first row does not have
-                    turned = (get ^ (32 // LINE_LANES * i % 4 * 32)) + i * (16 * LINE // (2 * LINES))
+                for i in gl.static_range(16 // LINE_ROWS):
+                    turned = (from_line ^ (LINE_ROWS * i % TURNS * PART)) + i * (LINE_ROWS * LINE)
                     store_below(target, load_shared(turned, 4), column, limits[i], CACHE)
                     target += step
                 execute(tid, "bar.warp.sync 0xffffffff;")
             to += (gl.full_like(lane, LINE) * whole.to(gl.int32)).to(gl.uint64)
-            column += LINE * whole.to(gl.int32)
+            column += (LINE // SIZE) * whole.to(gl.int32)
         else:
-            for h in gl.static_range(2):
-                at = to + 32 * SIZE * h
-                if FLOAT:
-                    upper = join_bytes(u[4 * h], low[h][0]) + join_bytes(u[4 * h + 1], low[h][1])
-                    lower = join_bytes(u[4 * h + 2], low[h][2]) + join_bytes(u[4 * h + 3], low[h][3])
-                elif SIZE == 1:
-                    upper = (signed(u[4 * h], factors[2], CODED, RAW), signed(u[4 * h + 1], factors[2], CODED, RAW))
-                    lower = (signed(u[4 * h + 2], factors[2], CODED, RAW), signed(u[4 * h + 3], factors[2], CODED, RAW))
-                else:
-                    upper = scaled(u[4 * h], upper_scale, CODED, RAW, DTYPE) + scaled(
-                        u[4 * h + 1], upper_scale, CODED, RAW, DTYPE
-                    )
-                    lower = scaled(u[4 * h + 2], lower_scale, CODED, RAW, DTYPE) + scaled(
-                        u[4 * h + 3], lower_scale, CODED, RAW, DTYPE
-                    )
-                store_below(at, upper, column, limits[0] - 32 * h, CACHE)
-                store_below(at + step, lower, column, limits[1] - 32 * h, CACHE)
             to += 64 * SIZE
             column += 64
     close_block(pieces, tid, WARPS)
@@ -297,16 +317,22 @@ def rans_decode_many_kernel(
 class DecodeLaunch(NamedTuple):
     """Configuration of a launch. It changes the speed, never a bit of the result."""
 
-    warps: int = 8
+    warps: int
     """Of a block, a power of two."""
-    stages: int = 3
+    stages: int
     """Of the ring that raw planes pass through; 1 keeps them in registers instead."""
-    lines: int = 4
-    """Units of INT8, 2 or 4, that are collected in shared memory and stored at once, 64 bytes of a row each; or 0."""
+    lines: int
+    """Times 64 bytes of a row, 2 or 4, that are collected in shared memory and stored at once; or 0."""
     cache: str = ""
     """Suffix of the store: as .cs, what is written will not be read soon."""
 
 
+LAUNCHES = {
+    torch.int8: DecodeLaunch(8, 3, 4),
+    torch.float16: DecodeLaunch(8, 3, 4),
+    torch.bfloat16: DecodeLaunch(8, 3, 4),
+}
+"""By the dtype of the result, measured on an H200 (docs/kernels.md)."""
 DTYPE_NAMES = {torch.int8: "i8", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -329,7 +355,7 @@ def describe(weight: CodedWeight, scale: Tensor | None, out: Tensor) -> list[Any
 def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: DecodeLaunch) -> dict[str, Any]:
     """Arguments of a launch that are common to weights of one split and precision."""
     first = weights[0]
-    split, lines = first.layout.split, launch.lines if dtype is torch.int8 else 0
+    split, lines = first.layout.split, launch.lines
     word_bytes, word_ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
     # a ring of words stands at a multiple of its size, and a cursor that runs on stays in it
     slack, overrun = (word_bytes, 0) if word_ring else (0, max(weight.overrun_bytes for weight in weights))
@@ -337,7 +363,7 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
     ring = 128 * first.layout.unit_rows * stages if stages > 1 else 0
 
     def shared_bytes(warps: int) -> int:
-        behind = warps * (ring + lines * 16 * 64)
+        behind = warps * (ring + lines * 16 * 64) + 64 * lines
         return first.table.nbytes + slack + warps * word_bytes + max(behind, overrun)
 
     device = first.heads.device
@@ -376,7 +402,7 @@ def rans_decode_gluon(
     else:
         target = torch.empty(n, pitch, dtype=dtype, device=weight.heads.device)
     if weight.layout.tiles:
-        options = launch_options([weight], dtype, launch or DecodeLaunch())
+        options = launch_options([weight], dtype, launch or LAUNCHES[dtype])
         rans_decode_kernel[(-(-weight.layout.tiles // options["WARPS"]),)](*describe(weight, scale, target), **options)
     found = target if pitch == k else target[:, :k].contiguous()
     return found if out is None or out is target else out.copy_(found)
@@ -392,7 +418,7 @@ def plan_launch(
         launch: configuration; None takes the default.
     """
     weights, out = [weight for weight, _, _ in parts], parts[0][2]
-    options = launch_options(weights, out.dtype, launch or DecodeLaunch())
+    options = launch_options(weights, out.dtype, launch or LAUNCHES[out.dtype])
     rows, blocks = [], []
     for index, part in enumerate(parts):
         rows.append([a.data_ptr() if isinstance(a, Tensor) else a for a in describe(*part)])
