@@ -327,12 +327,23 @@ class DecodeLaunch(NamedTuple):
     """Suffix of the store: as .cs, what is written will not be read soon."""
 
 
-LAUNCHES = {
-    torch.int8: DecodeLaunch(8, 3, 4),
-    torch.float16: DecodeLaunch(8, 3, 4),
-    torch.bfloat16: DecodeLaunch(8, 3, 4),
-}
-"""By the dtype of the result, measured on an H200 (docs/kernels.md)."""
+MANY_TILES = 7000
+"""Tiles of a launch from which an H200 is full even with the fewer warps that lines of 256 bytes leave it."""
+
+
+def choose_launch(dtype: torch.dtype, tiles: int, word_ring: bool) -> DecodeLaunch:
+    """Launch for so many tiles, measured on an H200 (docs/kernels.md).
+
+    Args:
+        dtype: of the result.
+        tiles: of all weights of the launch.
+        word_ring: whether words pass through a ring, as where most of a weight is coded.
+    """
+    if tiles < MANY_TILES or word_ring:
+        return DecodeLaunch(4, 3, 2 if dtype is torch.int8 else 0)
+    return DecodeLaunch(8 if dtype is torch.int8 else 4, 3, 4)
+
+
 DTYPE_NAMES = {torch.int8: "i8", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -352,11 +363,12 @@ def describe(weight: CodedWeight, scale: Tensor | None, out: Tensor) -> list[Any
     ]  # fmt: skip
 
 
-def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: DecodeLaunch) -> dict[str, Any]:
+def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: DecodeLaunch | None) -> dict[str, Any]:
     """Arguments of a launch that are common to weights of one split and precision."""
     first = weights[0]
-    split, lines = first.layout.split, launch.lines
     word_bytes, word_ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
+    launch = launch or choose_launch(dtype, sum(weight.layout.tiles for weight in weights), word_ring)
+    split, lines = first.layout.split, launch.lines
     # a ring of words stands at a multiple of its size, and a cursor that runs on stays in it
     slack, overrun = (word_bytes, 0) if word_ring else (0, max(weight.overrun_bytes for weight in weights))
     stages = 1 if word_ring else launch.stages
@@ -402,7 +414,7 @@ def rans_decode_gluon(
     else:
         target = torch.empty(n, pitch, dtype=dtype, device=weight.heads.device)
     if weight.layout.tiles:
-        options = launch_options([weight], dtype, launch or LAUNCHES[dtype])
+        options = launch_options([weight], dtype, launch)
         rans_decode_kernel[(-(-weight.layout.tiles // options["WARPS"]),)](*describe(weight, scale, target), **options)
     found = target if pitch == k else target[:, :k].contiguous()
     return found if out is None or out is target else out.copy_(found)
@@ -418,7 +430,7 @@ def plan_launch(
         launch: configuration; None takes the default.
     """
     weights, out = [weight for weight, _, _ in parts], parts[0][2]
-    options = launch_options(weights, out.dtype, launch or LAUNCHES[out.dtype])
+    options = launch_options(weights, out.dtype, launch)
     rows, blocks = [], []
     for index, part in enumerate(parts):
         rows.append([a.data_ptr() if isinstance(a, Tensor) else a for a in describe(*part)])
