@@ -159,8 +159,9 @@ class QATModule(pl.LightningModule):
         self._train_sums.zero_()
         return sums
 
-    def check_finite(self, loss: float) -> None:
-        """Raise UserError for a loss that is not; it comes before a checkpoint of this step."""
+    def check_finite(self, loss: float | None = None) -> None:
+        """Raise UserError for a loss that is not, without one for those since `take_train_sums`."""
+        loss = self._over_ranks(self._train_sums)[0] if loss is None else loss
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is not finite after step {self.global_step}: try a lower optim.lr or a longer "
