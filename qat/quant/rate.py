@@ -205,8 +205,15 @@ class RateTerm:
         for _ in range(12):
             # bits fall as steps grow
             low, high = (shift, high) if measure() > target else (low, shift)
-            self._shift((low + high) / 2 - shift)
+            self.shift((low + high) / 2 - shift)
             shift = (low + high) / 2
+
+    @torch.no_grad()
+    def shift(self, octaves: float) -> None:
+        """Multiply all learned steps by 2 ** octaves."""
+        for module in self.modules.values():
+            assert module.log2_scale is not None
+            module.log2_scale.add_(octaves)
 
     @torch.no_grad()
     def refresh(self) -> float:
@@ -237,11 +244,6 @@ class RateTerm:
         sizes = [module.weight.numel() for module in self.modules.values()]
         bits = share_entropy(torch.stack(shares))
         return float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
-
-    def _shift(self, octaves: float) -> None:
-        for module in self.modules.values():
-            assert module.log2_scale is not None
-            module.log2_scale.add_(octaves)
 
 
 def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import CONFIG_DIR, run_dir
-from qat.config import LoggerMode, QuantConfig, RatePrice, TrainConfig, register_schemas, to_plain
+from qat.config import Hold, LoggerMode, QuantConfig, RatePrice, TrainConfig, register_schemas, to_plain
 from qat.errors import UserError
 from qat.lit import build
 from qat.lit.callbacks import Checkpoints
@@ -128,6 +128,8 @@ def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
     make_rate_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, price: RatePrice, micro_batch: int
 ) -> None:
     rate = {"price": price, "target_bits": 12.0, "freeze": 0.34, "every": 3}
+    if price is RatePrice.prior:
+        rate |= {"hold": Hold.steps, "weight": None, "start_bits": 12.5}
     unbroken = build.train(make_rate_config(12, **rate))
     config = make_rate_config(12, **rate)
     config.name = "broken"
