@@ -132,7 +132,7 @@ class QATModule(pl.LightningModule):
         )
         means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
-        self.last_kl = result.kl
+        self.last_kl = result.kl.detach()
         accumulate = self.trainer.accumulate_grad_batches
         if self.rate_term is None or not self.rate_weight or batch_idx % accumulate:
             return result.loss

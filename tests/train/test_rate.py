@@ -77,7 +77,7 @@ def test_steps_hold_the_target_with_and_without_a_price(make_rate_config: MakeRa
     config = make_rate_config(
         20, price=price, target_bits=10.0, start_bits=10.3, hold=Hold.steps, weight=None, ramp=0.5
     )
-    config.optim.scale_lr = 0.0
+    config.optim.lr, config.optim.scale_lr = 1e-3, 0.0
     folder = build.train(config)
     stored, target = (metrics(folder, f"rate/{key}") for key in ("stored", "target"))
     assert stored[0] == pytest.approx(10.3, abs=0.05) and target[20] == 10
