@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.quant import quantize
 
 BLOCK = 128
 """Columns whose errors are handed on together: a matrix product in place of so many outer products."""
@@ -37,19 +36,19 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
     # stable: equal columns keep their order on every machine
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order]).float()
-    rest, columns = weight.float()[:, order], weight.shape[1]
-    q = torch.empty_like(rest, dtype=torch.int8)
+    # in steps, so that rounding a column is few small kernels; what is rounded stays in its place
+    rest, columns = (weight.float() / scale)[:, order], weight.shape[1]
     for first in range(0, columns, BLOCK):
         block = slice(first, min(first + BLOCK, columns))
         inside, errors = factor[block, block], torch.empty_like(rest[:, block])
         for i in range(errors.shape[1]):
-            column = rest[:, first + i, None]
-            rounded = quantize(column, scale, qmax)
-            errors[:, i, None] = (column - rounded * scale) / inside[i, i]
-            rest[:, first + i + 1 : block.stop] -= errors[:, i, None] * inside[i, None, i + 1 :]
-            q[:, first + i, None] = rounded
+            column, error = rest[:, first + i], errors[:, i]
+            rounded = column.round().clamp_(-qmax, qmax)
+            torch.div(column - rounded, inside[i, i], out=error)
+            rest[:, first + i + 1 : block.stop].addr_(error, inside[i, i + 1 :], alpha=-1)
+            column.copy_(rounded)
         rest[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return q[:, order.argsort()]
+    return rest[:, order.argsort()].to(torch.int8)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
