@@ -286,7 +286,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration-windows", type=int, default=32, help="from all over the calibration text")
     parser.add_argument("--train", nargs="+", help="texts for methods that train")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="that a method may train on")
-    parser.add_argument("--micro-batch", type=int, default=64, help="windows at once, a divisor of 64")
+    parser.add_argument("--batch", type=int, default=64, help="windows of an optimiser step")
+    parser.add_argument("--micro-batch", type=int, default=64, help="windows at once, at most; a divisor of the batch")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of train.py, for all that train")
     parser.add_argument("--seq-len", type=int, default=512, help="predicted tokens of a window")
     parser.add_argument("--device", default="auto")
@@ -314,8 +315,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "base_ppl": base["ppl"],
     }
     training = Training(
-        args.model, args.train, args.valid[0][1], args.tokens, args.seq_len, args.micro_batch, args.cache,
-        "gpu" if device.type == "cuda" else device.type, args.set,
+        args.model, args.train, args.valid[0][1], args.tokens, args.seq_len, args.batch,
+        min(args.batch, args.micro_batch), args.cache, "gpu" if device.type == "cuda" else device.type, args.set,
     ) if args.train else None  # fmt: skip
     study = Study(args.model, calibration, device, training)
     path = args.results / f"frontier-{args.model.name}.json"

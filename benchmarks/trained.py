@@ -40,8 +40,6 @@ RECIPES: dict[str, list[str]] = {
 """`rate` is the whole recipe, the next ones lack a part or have another. `ste` is fake quantisation alone, one step a
 row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""
 UNTARGETED = {"finetune"}
-BATCH = 64
-"""Windows of an optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ class Training:
         valid: held-out text; nothing is chosen by it.
         tokens: budget.
         seq_len: predicted tokens of a window.
+        batch: windows of an optimiser step.
         micro_batch: windows at once.
         cache: folder of tokenised text.
         accelerator: gpu or cpu.
@@ -65,6 +64,7 @@ class Training:
     valid: str
     tokens: int
     seq_len: int
+    batch: int
     micro_batch: int
     cache: str
     accelerator: str
@@ -73,7 +73,7 @@ class Training:
     @property
     def steps(self) -> int:
         """Optimiser steps that the budget allows."""
-        return self.tokens // (BATCH * self.seq_len)
+        return self.tokens // (self.batch * self.seq_len)
 
     def words(self, name: str, target: float | None, output: Path) -> list[str]:
         """Of train.py's command for a variant."""
@@ -82,7 +82,7 @@ class Training:
         every = max(1, self.steps // 4)
         return [
             *RECIPES[name], *bits, f"name={name}", f"model.path={self.model}", f"data.train=[{','.join(self.texts)}]",
-            f"data.valid={self.valid}", f"data.seq_len={self.seq_len}", f"data.batch_size={BATCH}",
+            f"data.valid={self.valid}", f"data.seq_len={self.seq_len}", f"data.batch_size={self.batch}",
             f"data.micro_batch_size={self.micro_batch}", "data.valid_windows=64", "loss.chunk_tokens=8192",
             f"trainer.max_steps={self.steps}", f"trainer.valid_every={every}", "trainer.log_every=20",
             f"trainer.checkpoint_every={self.steps}", "trainer.progress_bar=false", "logger=disabled",
@@ -102,7 +102,9 @@ def train_variant(name: str, training: Training, target: float | None) -> tuple[
         UserError: the budget does not make a step, or as `train`.
     """
     if training.steps < 1:
-        raise UserError(f"--tokens {training.tokens} is less than a step of {BATCH} windows of {training.seq_len}")
+        raise UserError(
+            f"--tokens {training.tokens} is less than a step of {training.batch} windows of {training.seq_len}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         run = train(compose("train", *training.words(name, target, Path(folder))))
         model: Any = load_fake_quant(run / "checkpoints" / "last.ckpt")
