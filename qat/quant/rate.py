@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from qat.config import RateConfig, RatePrice
 from qat.quant.convert import quantize_weight
 from qat.quant.modules import QATModule
-from qat.quant.scales import blocks, grid, weight_scale
+from qat.quant.scales import block_sums, grid, weight_scale
 
 DEAREST = 12.0
 """Bits of an integer that has one slot of the largest table, 2^12."""
@@ -108,31 +108,27 @@ class _TableBits(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, prices: Tensor, qmax: int, group_size: int | None) -> Tensor:
         ctx.save_for_backward(weight, scale, prices)
         ctx.qmax, ctx.group_size = qmax, group_size
-        steps = _steps(weight, scale, group_size).clamp_(-qmax, qmax)
-        left, low, slope = _place(steps, prices, qmax)
-        return low.addcmul_(slope, steps.sub_(left)).sum()
+        steps = _steps(weight, scale, group_size).clamp_(-qmax, qmax).add_(qmax)
+        place, prices = steps.long(), prices[128 - qmax : 129 + qmax].to(steps.dtype)
+        return prices.take(place).addcmul_(_slopes(prices).take(place), steps.sub_(place)).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, prices = ctx.saved_tensors
         steps = _steps(weight, scale, ctx.group_size)
         clipped = steps.clamp(-ctx.qmax, ctx.qmax)
-        slope = _place(clipped, prices, ctx.qmax)[2].masked_fill_(steps != clipped, 0).mul_(grad)
+        slopes = _slopes(prices[128 - ctx.qmax : 129 + ctx.qmax].to(steps.dtype) * grad)
+        slope = slopes.take((clipped + ctx.qmax).long()).masked_fill_(steps != clipped, 0)
+        slope.div_(expand_scale(scale, weight.shape[1], ctx.group_size))
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            shared = blocks(slope * steps, scale.shape[0], ctx.group_size)
-            grad_scale = -torch.cat([block.sum((-2, -1)) for block in shared], dim=1) / scale
-        wide = expand_scale(scale, weight.shape[1], ctx.group_size)
-        return slope.div_(wide).to(weight.dtype), grad_scale, None, None, None
+            grad_scale = -block_sums(steps.mul_(slope), scale.shape[0], ctx.group_size)
+        return slope.to(weight.dtype), grad_scale, None, None, None
 
 
-def _place(steps: Tensor, prices: Tensor, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The integer below, its price, and how much more the next one costs; the last has no right neighbour."""
-    left = steps.floor().clamp_max_(qmax - 1)
-    place = left.int() + 128
-    prices = prices.to(steps.dtype)
-    # the slopes first: one look-up instead of two
-    return left, prices[place], (prices[1:] - prices[:-1])[place]
+def _slopes(prices: Tensor) -> Tensor:
+    """What the next integer costs more; the last has none."""
+    return F.pad(prices.diff(), (0, 1))
 
 
 def prior_bits(
