@@ -40,7 +40,7 @@ class Rounding(Enum):
     nearest = "nearest"
     """The weights as they are."""
     gptq = "gptq"
-    """Weights on their grid, rounded by GPTQ on the training text; needs scale=learned."""
+    """Weights that round to GPTQ's integers on the training text; needs scale=learned."""
 
 
 class RatePrice(Enum):

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from rans_kernels.dense import dequantize
 from torch import Tensor, nn
 
 from qat.config import Granularity, Rounding, TrainConfig
 from qat.lit.module import QATModule
-from qat.ptq import gptq
+from qat.ptq import compensate
 from qat.ptq.calibration import walk
 from qat.quant import grid, quantized_modules, set_fake_quant, weight_scale
 from qat.quant.columns import rescale_columns
@@ -96,10 +95,12 @@ def _rescale(model: Any, layers: dict[str, nn.Linear], batches: list[Tensor], ex
 
 
 def _round(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> None:
-    """Put every weight on its grid, where errors of some columns make up for those of others."""
+    """Move every weight to where GPTQ rounds it from: its integer is GPTQ's, and its place between two is kept."""
     for moments in walk(model, layers, [batch[:, :-1] for batch in batches]):
         for name, moment in moments.items():
             layer = layers[name]
             scale = weight_scale(layer.weight, layer.quant_config, layer.log2_scale)
-            q = gptq(layer.weight, moment, scale, grid(layer.quant_config)[0])
-            layer.weight.copy_(dequantize(q, scale, layer.weight.dtype))
+            steps = compensate(layer.weight, moment, scale, grid(layer.quant_config)[0])
+            # the blocks behind see it rounded, training goes on from the unrounded
+            layer.fake_quant_enabled = True
+            layer.weight.copy_(steps * scale)

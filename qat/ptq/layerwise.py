@@ -18,8 +18,8 @@ DAMPING = 0.01
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """Integers of a weight on a given grid, columns of much input first.
+def compensate(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """What every column has become by the time it is rounded to a given grid, columns of much input first.
 
     Args:
         weight: float [N, K].
@@ -28,7 +28,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
         qmax: largest integer, at most 127.
 
     Returns:
-        int8 [N, K]; those of rounding to nearest where the Hessian is diagonal.
+        float32 [N, K], in steps.
 
     Raises:
         UserError: the Hessian has no Cholesky factor, however damped: NaN, infinities, or no second moment at all.
@@ -36,19 +36,25 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
     # stable: equal columns keep their order on every machine
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order]).float()
-    # in steps, so that rounding a column is few small kernels; what is rounded stays in its place
+    # in steps, so that rounding a column is few small kernels
     rest, columns = (weight.float() / scale)[:, order], weight.shape[1]
     for first in range(0, columns, BLOCK):
         block = slice(first, min(first + BLOCK, columns))
         inside, errors = factor[block, block], torch.empty_like(rest[:, block])
         for i in range(errors.shape[1]):
             column, error = rest[:, first + i], errors[:, i]
-            rounded = column.round().clamp_(-qmax, qmax)
-            torch.div(column - rounded, inside[i, i], out=error)
+            torch.div(column - column.round().clamp_(-qmax, qmax), inside[i, i], out=error)
             rest[:, first + i + 1 : block.stop].addr_(error, inside[i, i + 1 :], alpha=-1)
-            column.copy_(rounded)
         rest[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return rest[:, order.argsort()].to(torch.int8)
+    return rest[:, order.argsort()]
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """Integers of a weight on a given grid, int8 [N, K]: those of rounding to nearest where the Hessian is diagonal.
+
+    Arguments and errors as `compensate`.
+    """
+    return compensate(weight, hessian, scale, qmax).round_().clamp_(-qmax, qmax).to(torch.int8)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is done before the first step: weights on their grid by GPTQ, columns rescaled, bits where they shall begin."""
+"""What is done before the first step: weights moved to where GPTQ rounds them from, columns rescaled, bits set."""
 
 import json
 from collections.abc import Callable
@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.checkpoint import load_fake_quant, read_checkpoint
+from qat.checkpoint import read_checkpoint
 from qat.cli import compose
 from qat.config import Granularity, Rounding, TrainConfig
 from qat.errors import UserError
 from qat.export import export
 from qat.lit import build
-from qat.quant import quantized_modules
 
 MakeRateConfig = Callable[..., TrainConfig]
 
@@ -31,15 +30,13 @@ def at_rest(make_rate_config: MakeRateConfig, **quant: object) -> tuple[Path, fl
 
 
 @pytest.mark.parametrize("granularity", [Granularity.per_channel, Granularity.per_tensor])
-def test_gptq_starts_nearer_at_the_same_bits_and_on_the_grid(
+def test_gptq_starts_nearer_at_the_same_bits(
     make_rate_config: MakeRateConfig, tmp_path: Path, granularity: Granularity
 ) -> None:
     _, nearest = at_rest(make_rate_config, granularity=granularity)
     folder, gptq = at_rest(make_rate_config, granularity=granularity, rounding=Rounding.gptq, columns=0.5)
     assert gptq < 0.9 * nearest
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    for layer in quantized_modules(load_fake_quant(checkpoint)).values():
-        torch.testing.assert_close(layer.fake_quantized_weight(torch.float32), layer.weight)
     # one step a layer goes through export as well, and begins where it should
     export(compose("export", f"source={checkpoint}", f"output={tmp_path / 'out'}"))
     summary = json.loads((tmp_path / "out" / "export_report.json").read_text())["summary"]
