@@ -20,7 +20,7 @@ from qat.quant import freeze, grid, quantize_weight, quantized_modules, set_fake
 
 FULL = ["experiment=bookllama_rate"]
 # the rates of the full recipe; steps keep their proportions, and their common factor holds the target
-PLAIN = ["quant=learned", "quant.k=0.5", "rate.hold=steps", "rate.start_bits=${rate.target_bits}", "optim.lr=1e-3",
+PLAIN = ["quant=learned", "quant.k=0.5", "rate.hold=steps", "rate.lead=0", "optim.lr=1e-3",
          "optim.scale_lr=0"]  # fmt: skip
 
 RECIPES: dict[str, list[str]] = {
@@ -29,7 +29,8 @@ RECIPES: dict[str, list[str]] = {
     "rate-noprice": [*FULL, "rate.price=none"],
     "rate-dual": [*FULL, "rate.hold=weight"],
     "rate-nocolumns": [*FULL, "quant.columns=0"],
-    "rate-nogptq": [*FULL, "quant.rounding=nearest"],
+    "rate-gptq": [*FULL, "quant.rounding=gptq"],
+    "rate-noramp": [*FULL, "rate.lead=0"],
     "rate-nofreeze": [*FULL, "rate.freeze=0"],
     "rate-row": [*FULL, "quant.granularity=per_channel"],
     "ste": PLAIN,
@@ -37,8 +38,8 @@ RECIPES: dict[str, list[str]] = {
     "ste-decay": [*PLAIN, "optim.weight_decay=0.3"],
     "finetune": ["quant=none", "optim.lr=1e-3"],
 }
-"""`rate` is the whole recipe, the next ones lack a part or have another. `ste` is fake quantisation alone, one step a
-row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""
+"""`rate` is the whole recipe, the next ones lack a part, or have another or one more. `ste` is fake quantisation alone,
+one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""
 UNTARGETED = {"finetune"}
 
 

@@ -178,8 +178,8 @@ class RateConfig:
     target_bits: float | None = None
     """Bits a weight as stored, everything counted; null leaves `weight` as it is. Needs quant.scale=learned."""
     hold: Hold = Hold.weight
-    start_bits: float | None = None
-    """Stored bits to begin at, by one factor on all steps; null begins at quant.k."""
+    lead: float | None = None
+    """Stored bits above the target to begin at, by one factor on all steps; null begins at quant.k."""
     ramp: float = 0.3
     """Share of max_steps over which the target goes from the bits at the start to `target_bits`."""
     freeze: float = 0.0

@@ -120,14 +120,12 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         f"rate.target_bits={rate.target_bits}: needs a price, rate=table or rate=prior, or rate.hold=steps": (
             rate.target_bits is None or priced or rate.hold is Hold.steps
         ),
-        "rate.start_bits: needs rate.target_bits, and to be positive": (
-            rate.start_bits is None or (rate.target_bits is not None and rate.start_bits > 0)
-        ),
+        "rate.lead: needs rate.target_bits": rate.lead is None or rate.target_bits is not None,
         "rate.weight=null: needs rate.target_bits, and a teacher, loss.kl": (
             rate.weight is not None or not priced or (rate.target_bits is not None and config.loss.kl > 0)
         ),
-        "rate.start_bits and rate.weight=null: need quant.start_step=0": (
-            quant.start_step == 0 or (rate.start_bits is None and rate.weight is not None)
+        "rate.lead and rate.weight=null: need quant.start_step=0": (
+            quant.start_step == 0 or (rate.lead is None and rate.weight is not None)
         ),
         f"rate.target_bits={rate.target_bits}: needs steps that can be steered, quant=learned": (
             rate.target_bits is None or learned

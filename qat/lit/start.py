@@ -19,13 +19,13 @@ from qat.quant.container import container_overhead
 BATCH = 8
 """Calibration windows at once."""
 SPAN = 8.0
-"""Octaves that steps may move to begin at rate.start_bits."""
+"""Octaves that steps may move to begin at rate.lead."""
 
 
 class Start(pl.Callback):
     """Prepares a run that begins, on quant.calibration_windows of the training text; writes start/kl.
 
-    It does what quant.columns, rate.start_bits and quant.rounding say, in this order. A resumed run finds it done.
+    It does what quant.columns, rate.lead and quant.rounding say, in this order. A resumed run finds it done.
     """
 
     def __init__(self, config: TrainConfig):
@@ -47,8 +47,8 @@ class Start(pl.Callback):
             _rescale(model, layers, batches, quant.columns, quant.granularity is not Granularity.per_tensor)
             for layer in quantized_modules(model).values():
                 layer.reset_scale()
-        if self.config.rate.start_bits is not None:
-            self._land(module, self.config.rate.start_bits)
+        if self.config.rate.lead is not None:
+            self._land(module, (self.config.rate.target_bits or 0) + self.config.rate.lead)
         if quant.rounding is Rounding.gptq:
             _round(model, {n: m for n, m in quantized_modules(model).items() if n in layers}, batches)
         if trainer.world_size > 1:
@@ -78,7 +78,7 @@ class Start(pl.Callback):
 def uses_start(config: TrainConfig) -> bool:
     """Whether anything is to be done, or known, before the first step."""
     quant, rate = config.quant, config.rate
-    wanted = quant.columns or quant.rounding is Rounding.gptq or rate.start_bits is not None or rate.weight is None
+    wanted = quant.columns or quant.rounding is Rounding.gptq or rate.lead is not None or rate.weight is None
     return quant.enabled and bool(wanted)
 
 

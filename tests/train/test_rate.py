@@ -74,9 +74,7 @@ def test_exported_bits_are_the_target(make_rate_config: MakeRateConfig, tmp_path
 
 @pytest.mark.parametrize("price", [RatePrice.none, RatePrice.table])
 def test_steps_hold_the_target_with_and_without_a_price(make_rate_config: MakeRateConfig, price: RatePrice) -> None:
-    config = make_rate_config(
-        20, price=price, target_bits=10.0, start_bits=10.3, hold=Hold.steps, weight=None, ramp=0.5
-    )
+    config = make_rate_config(20, price=price, target_bits=10.0, lead=0.3, hold=Hold.steps, weight=None, ramp=0.5)
     config.optim.lr, config.optim.scale_lr = 1e-3, 0.0
     folder = build.train(config)
     stored, target = (metrics(folder, f"rate/{key}") for key in ("stored", "target"))
@@ -145,7 +143,7 @@ def test_a_checkpoint_of_frozen_integers_computes_as_it_trained(make_rate_config
     [
         ("rate.target_bits", {"target_bits": 3.0, "price": RatePrice.none}),
         ("rate.target_bits", {"target_bits": -1.0}),
-        ("rate.start_bits", {"start_bits": 3.0}),
+        ("rate.lead", {"lead": 0.5}),
         ("rate.weight", {"weight": None}),
         ("rate.freeze", {"freeze": 1.0}),
         ("rate.freeze", {"freeze": 0.5, "ramp": 0.6}),

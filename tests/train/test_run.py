@@ -129,7 +129,7 @@ def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
 ) -> None:
     rate = {"price": price, "target_bits": 12.0, "freeze": 0.34, "every": 3}
     if price is RatePrice.prior:
-        rate |= {"hold": Hold.steps, "weight": None, "start_bits": 12.5}
+        rate |= {"hold": Hold.steps, "weight": None, "lead": 0.5}
     unbroken = build.train(make_rate_config(12, **rate))
     config = make_rate_config(12, **rate)
     config.name = "broken"
