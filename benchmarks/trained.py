@@ -3,6 +3,7 @@
 A variant is trained to the target through the path of train.py, and its last checkpoint weighed as export stores it.
 """
 
+import gc
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ RECIPES: dict[str, list[str]] = {
     "rate-noprice": [*FULL, "rate.price=none"],
     "rate-dual": [*FULL, "rate.hold=weight"],
     "rate-nocolumns": [*FULL, "quant.columns=0"],
-    "rate-gptq": [*FULL, "quant.rounding=gptq"],
+    "rate-nogptq": [*FULL, "quant.rounding=nearest"],
     "rate-noramp": [*FULL, "rate.lead=0"],
     "rate-nofreeze": [*FULL, "rate.freeze=0"],
     "rate-row": [*FULL, "quant.granularity=per_channel"],
@@ -38,7 +39,7 @@ RECIPES: dict[str, list[str]] = {
     "ste-decay": [*PLAIN, "optim.weight_decay=0.3"],
     "finetune": ["quant=none", "optim.lr=1e-3"],
 }
-"""`rate` is the whole recipe, the next ones lack a part, or have another or one more. `ste` is fake quantisation alone,
+"""`rate` is the whole recipe, the next ones lack a part or have another. `ste` is fake quantisation alone,
 one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""
 UNTARGETED = {"finetune"}
 
@@ -78,11 +79,11 @@ class Training:
 
     def words(self, name: str, target: float | None, output: Path) -> list[str]:
         """Of train.py's command for a variant."""
-        bits = [] if target is None else [f"rate.target_bits={target}"]
+        bits = [f"name={name}"] if target is None else [f"name={name}-{target:g}", f"rate.target_bits={target}"]
         # seldom: nothing is chosen by validation, but what the container adds is measured then
         every = max(1, self.steps // 4)
         return [
-            *RECIPES[name], *bits, f"name={name}", f"model.path={self.model}", f"data.train=[{','.join(self.texts)}]",
+            *RECIPES[name], *bits, f"model.path={self.model}", f"data.train=[{','.join(self.texts)}]",
             f"data.valid={self.valid}", f"data.seq_len={self.seq_len}", f"data.batch_size={self.batch}",
             f"data.micro_batch_size={self.micro_batch}", "data.valid_windows=64", "loss.chunk_tokens=8192",
             f"trainer.max_steps={self.steps}", f"trainer.valid_every={every}", "trainer.log_every=20",
@@ -109,6 +110,9 @@ def train_variant(name: str, training: Training, target: float | None) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         run = train(compose("train", *training.words(name, target, Path(folder))))
         model: Any = load_fake_quant(run / "checkpoints" / "last.ckpt")
+    # a run is full of cycles, and other processes may want the memory
+    gc.collect()
+    torch.cuda.empty_cache()
     if not quantized_modules(model):
         return model.to(torch.bfloat16).float(), Cost(16.0, 16.0)
     cost = stored_cost(
