@@ -1,18 +1,23 @@
 """The frontier of bits against quality, every method at the same stored bits, on the same text.
 
     python -m benchmarks.frontier --model M --calibration C --valid books=B wikitext=W --methods rtn gptq --bits 4 3 2
+    python -m benchmarks.frontier --model M --train T1 T2 --valid books=B wikitext=W --methods rate ste --bits 3
 
 A row for each method and target: bits of the real container with scales, tables and states counted, entropy of the
 integers, perplexity by text and its ratio to the base's, and mean KL to the base in nats and the share of tokens with
 the same top-1 token, both over the tokens of all texts. Writes benchmarks/results/frontier-<model>.json, in which rows
-of other methods on the same setting stay, and draws all of them into docs/frontier.svg.
+of other methods on the same setting stay, and draws all of them into docs/frontier.svg. Several calls may run at once.
 """
 
 import argparse
+import fcntl
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,8 +29,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.trained import RECIPES, UNTARGETED, Training, train_variant
 from qat.data import load_tokens, windows
-from qat.divergence import LogitComparison
+from qat.divergence import kl_divergence, log_probabilities, negative_log_likelihood, same_top
 from qat.errors import UserError
 from qat.inference import pick_device
 from qat.model import check_output_logits, load_model, load_tokenizer, output_logits
@@ -39,6 +45,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#882255"]
+MARKERS = "os^D"
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,14 @@ class Candidate:
         bits: stored bits a weight of the compressed layers, everything counted.
         entropy: of their integers, bits a weight.
         knob: setting that met the target, or None.
+        training: tokens, steps and the overrides of a method that trains.
     """
 
     model: PreTrainedModel
     bits: float
     entropy: float
     knob: float | None = None
+    training: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,13 @@ class Study:
         model: Hugging Face folder of the base.
         calibration: token ids, int64 [B, T] each; empty without a text for it.
         device: where models run.
+        training: what methods that train share; None without a text for it.
     """
 
     model: Path
     calibration: list[Tensor]
     device: torch.device
+    training: Training | None = None
 
     @cached_property
     def trained(self) -> Trained:
@@ -101,10 +112,20 @@ def after_training(name: str, study: Study, target: float | None) -> Candidate:
     return Candidate(trained.model, cost.bits, cost.entropy, knob)
 
 
+def by_training(name: str, study: Study, target: float | None) -> Candidate:
+    """The base trained by a recipe of `benchmarks.trained`."""
+    training = study.training
+    if training is None:
+        raise UserError(f"{name} trains: give it text with --train")
+    model, cost = train_variant(name, training, target)
+    notes = {"tokens": training.tokens, "steps": training.steps, "overrides": training.overrides}
+    return Candidate(model.to(study.device), cost.bits, cost.entropy, training=notes)  # type: ignore[arg-type]
+
+
 METHODS: dict[str, Method] = {
     name: Method(partial(after_training, name), method.knob is not None) for name, method in AFTER_TRAINING.items()
-}
-"""By name; a method that trains adds an entry of its own."""
+} | {name: Method(partial(by_training, name), name not in UNTARGETED) for name in RECIPES}
+"""By name."""
 
 
 class Judge:
@@ -123,46 +144,60 @@ class Judge:
     @torch.inference_mode()
     def figures(self, model: PreTrainedModel) -> dict[str, Any]:
         """Perplexity and ratio by text; KL, top-1 agreement and tokens over all of them."""
-        ppl, ratio, parts = {}, {}, []
+        ppl, ratio, total = {}, {}, np.zeros(5)
         for name, batches in self.texts.items():
-            comparison = LogitComparison()
-            for batch, hidden in zip(batches, self.hidden[name], strict=True):
-                p = output_logits(self.base, hidden)
-                q = model(input_ids=batch[:, :-1], use_cache=False).logits
-                for p_logits, q_logits, targets in zip(p, q, batch[:, 1:], strict=True):
-                    comparison.update(p_logits, q_logits, targets)
-            summary = comparison.summary()
-            ppl[name] = round(summary["perplexity"]["other"], 4)
-            ratio[name] = round(summary["perplexity"]["ratio"], 5)
-            parts.append((summary["tokens"], summary["kl"]["mean"], summary["same_top"]))
-        tokens, kl, same = np.array(parts).T
+            # one transfer a text: a host that waits for the GPU shares it badly with other processes
+            sums = sum(self._sums(model, *pair) for pair in zip(batches, self.hidden[name], strict=True))
+            p, q, *_, tokens = sums.tolist()  # type: ignore[union-attr]
+            ppl[name], ratio[name] = round(math.exp(q / tokens), 4), round(math.exp((q - p) / tokens), 5)
+            total += sums.cpu().numpy()  # type: ignore[union-attr]
+        _, _, kl, same, tokens = total.tolist()
         return {
             "ppl": ppl,
             "ratio": ratio,
-            "kl": round(float(np.average(kl, weights=tokens)), 6),
-            "top1": round(float(np.average(same, weights=tokens)), 4),
-            "tokens": int(tokens.sum()),
+            "kl": round(kl / tokens, 6),
+            "top1": round(same / tokens, 4),
+            "tokens": int(tokens),
         }
 
+    def _sums(self, model: PreTrainedModel, batch: Tensor, hidden: Tensor) -> Tensor:
+        """Over tokens: both negative log-likelihoods, KL, same top-1 token, how many; float64 [5]."""
+        p_logits = output_logits(self.base, hidden)
+        q_logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        log_p, log_q, targets = log_probabilities(p_logits), log_probabilities(q_logits), batch[:, 1:]
+        figures = [
+            negative_log_likelihood(log_p, targets),
+            negative_log_likelihood(log_q, targets),
+            kl_divergence(log_p, log_q),
+            same_top(p_logits, q_logits),
+            torch.ones_like(targets),
+        ]
+        return torch.stack([values.sum(dtype=torch.float64) for values in figures])
 
-def measure(study: Study, judge: Judge, methods: Iterable[str], bits: Sequence[float]) -> Iterable[dict[str, Any]]:
-    """A row for each method and target; `seconds` is the time to make the model, its search included."""
-    for name in methods:
-        method = METHODS[name]
-        targets: Sequence[float | None] = bits if method.targeted else [None]
-        for target in targets:
-            begin = time.perf_counter()
-            made = method.make(study, target)
-            seconds = time.perf_counter() - begin
-            yield {
-                "method": name,
-                "target_bits": target,
-                "bits": round(made.bits, 4),
-                "entropy": round(made.entropy, 4),
-                **judge.figures(made.model),
-                "seconds": round(seconds, 1),
-                "knob": None if made.knob is None else round(made.knob, 5),
-            }
+
+def measure(study: Study, judge: Judge, name: str, target: float | None) -> dict[str, Any]:
+    """The row of a method and a target; `seconds` is the time to make the model, its search included."""
+    begin = time.perf_counter()
+    made = METHODS[name].make(study, target)
+    seconds = time.perf_counter() - begin
+    return {
+        "method": name,
+        "target_bits": target,
+        "bits": round(made.bits, 4),
+        "entropy": round(made.entropy, 4),
+        **judge.figures(made.model),
+        "seconds": round(seconds, 1),
+        "knob": None if made.knob is None else round(made.knob, 5),
+        "training": made.training,
+    }
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """No other process is in here for the same path."""
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def merge(path: Path, setting: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -171,7 +206,12 @@ def merge(path: Path, setting: dict[str, Any], rows: list[dict[str, Any]]) -> li
         old = json.loads(path.read_text())
     except FileNotFoundError:
         return rows
-    kept = old["rows"] if old["setting"] == setting else []
+
+    def asked(setting: dict[str, Any]) -> dict[str, Any]:
+        # the base's perplexity is a result, and may differ in its last digit from device to device
+        return {key: value for key, value in setting.items() if key != "base_ppl"}
+
+    kept = old["rows"] if asked(old["setting"]) == asked(setting) else []
     again = {(row["method"], row["target_bits"]) for row in rows}
     return [row for row in kept if (row["method"], row["target_bits"]) not in again] + rows
 
@@ -186,10 +226,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = sorted((row for row in rows if row["method"] == name), key=lambda row: row["bits"])
         bits, colour = [row["bits"] for row in own], COLOURS[index % len(COLOURS)]
+        marker = MARKERS[index // len(COLOURS) % len(MARKERS)]
         for text, style in zip(own[0]["ratio"], ["-", "--", ":", "-."], strict=False):
             losses = [100 * (row["ratio"][text] - 1) for row in own]
-            left.plot(bits, losses, style, marker="o", color=colour, label=f"{name}, {text}")
-        right.plot(bits, [row["kl"] for row in own], marker="o", color=colour, label=name)
+            left.plot(bits, losses, style, marker=marker, color=colour, label=f"{name}, {text}")
+        right.plot(bits, [row["kl"] for row in own], marker=marker, color=colour, label=name)
     left.set(ylabel="perplexity over the base's, %")
     # by chance a fine grid may even gain a little
     left.set_yscale("symlog", linthresh=0.01)
@@ -238,10 +279,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder of the base")
     parser.add_argument("--valid", required=True, nargs="+", type=named, metavar="NAME=TEXT", help="held-out texts")
     parser.add_argument("--calibration", help="text for methods that round by what enters a layer")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(AFTER_TRAINING))
+    parser.add_argument("--label", default="", help="added to the names of the methods, to keep rows apart")
     parser.add_argument("--bits", nargs="+", type=float, default=[4, 3, 2.5, 2], help="stored bits a weight")
     parser.add_argument("--windows", type=int, default=1026, help="of a text to judge on")
     parser.add_argument("--calibration-windows", type=int, default=32, help="from all over the calibration text")
+    parser.add_argument("--train", nargs="+", help="texts for methods that train")
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="that a method may train on")
+    parser.add_argument("--batch", type=int, default=64, help="windows of an optimiser step")
+    parser.add_argument("--micro-batch", type=int, default=64, help="windows at once, at most; a divisor of the batch")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of train.py, for all that train")
     parser.add_argument("--seq-len", type=int, default=512, help="predicted tokens of a window")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", default="~/.cache/codecllm", help="tokenised text")
@@ -267,16 +314,38 @@ def main(words: Sequence[str] | None = None) -> None:
         "calibration_windows": sum(map(len, calibration)),
         "base_ppl": base["ppl"],
     }
+    training = Training(
+        args.model, args.train, args.valid[0][1], args.tokens, args.seq_len, args.batch,
+        min(args.batch, args.micro_batch), args.cache, "gpu" if device.type == "cuda" else device.type, args.set,
+    ) if args.train else None  # fmt: skip
+    study = Study(args.model, calibration, device, training)
     path = args.results / f"frontier-{args.model.name}.json"
-    rows: list[dict[str, Any]] = []
-    for row in measure(Study(args.model, calibration, device), judge, args.methods, args.bits):
-        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
+    everything: list[dict[str, Any]] = []
+    wanted = [(name, target) for name in args.methods for target in (args.bits if METHODS[name].targeted else [None])]
+    for name, target in wanted:
+        try:
+            row = measure(study, judge, name, target)
+        except Exception as error:
+            # the rows to come are not its fault
+            traceback.print_exc()
+            failures.append(f"{name} at {target}: {error}")
+            continue
+        row["method"] += args.label
+        print(json.dumps(row), flush=True)
         # after every row: a long run that is cut short leaves what it has
-        everything = merge(path, setting, rows)
-        write_json(path, {"environment": environment(), "setting": setting, "rows": everything})
-    draw(everything, args.figure)
-    print_table(f"{args.model.name}, base perplexity {base['ppl']}", *table(everything))
-    print(f"written to {path} and {args.figure}")
+        with locked(path):
+            everything = merge(path, setting, [row])
+            write_json(path, {"environment": environment(), "setting": setting, "rows": everything})
+    if everything:
+        with locked(path):
+            everything = merge(path, setting, [])
+            draw(everything, args.figure)
+        print_table(f"{args.model.name}, base perplexity {base['ppl']}", *table(everything))
+        print(f"written to {path} and {args.figure}")
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 if __name__ == "__main__":

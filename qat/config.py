@@ -34,6 +34,15 @@ class ScaleRule(Enum):
     """2 ** s with s trained (LSQ gradient), starting from `init`."""
 
 
+class Rounding(Enum):
+    """What training starts from."""
+
+    nearest = "nearest"
+    """The weights as they are."""
+    gptq = "gptq"
+    """Weights that round to GPTQ's integers on the training text; needs scale=learned."""
+
+
 class RatePrice(Enum):
     """What training takes the bits of a weight to be."""
 
@@ -43,6 +52,15 @@ class RatePrice(Enum):
     """-log2 of the share of its integer in the tensor, interpolated between integers."""
     prior = "prior"
     """-log2 of a logistic distribution fitted to the tensor, with uniform noise in place of rounding."""
+
+
+class Hold(Enum):
+    """What keeps stored bits at the target."""
+
+    weight = "weight"
+    """The price: a controller raises it while there are too many bits."""
+    steps = "steps"
+    """The steps: all are multiplied by one factor; the price then only says where bits go."""
 
 
 class Profile(Enum):
@@ -132,6 +150,11 @@ class QuantConfig:
     """Quantise the output head too; with tied weights it goes with the embedding."""
     start_step: int = 0
     """Optimiser step at which fake quantisation switches on."""
+    columns: float = 0.0
+    """Before training, columns are multiplied by rms(x) ** columns and what feeds them divided; 0 leaves them."""
+    rounding: Rounding = Rounding.nearest
+    calibration_windows: int = 32
+    """Of the training text, for what is done before the first step."""
 
 
 @dataclass
@@ -150,10 +173,13 @@ class RateConfig:
     """loss += weight * mean bits of the quantised weights, and what holds those bits to a target."""
 
     price: RatePrice = RatePrice.none
-    weight: float = 0.02
-    """Nats a bit; where the controller starts if there are `target_bits`. At the optimum about 1.4 * KL."""
+    weight: float | None = 0.02
+    """Nats a bit; where the controller starts if that holds the bits. Null is 2 ln2 KL, as measured."""
     target_bits: float | None = None
     """Bits a weight as stored, everything counted; null leaves `weight` as it is. Needs quant.scale=learned."""
+    hold: Hold = Hold.weight
+    lead: float | None = None
+    """Stored bits above the target to begin at, by one factor on all steps; null begins at quant.k."""
     ramp: float = 0.3
     """Share of max_steps over which the target goes from the bits at the start to `target_bits`."""
     freeze: float = 0.0
@@ -181,6 +207,8 @@ class OptimConfig:
     lr: float = 5e-4
     scale_lr: float = 1e-3
     """Rate of learned log2 scales; they have no weight decay."""
+    norm_lr: float | None = None
+    """Rate of the gains of norms, which with quant.columns are column factors; null is `lr`."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -188,6 +216,8 @@ class OptimConfig:
     warmup_steps: int = 50
     min_lr_ratio: float = 0.0
     """Final rate over peak rate."""
+    frozen_lr_ratio: float = 0.3
+    """Peak rate over that of before, once integers are frozen."""
 
 
 @dataclass

@@ -21,13 +21,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qat.checkpoint import read_checkpoint
 from qat.cli import run_dir
-from qat.config import RatePrice, ScaleRule, TrainConfig, to_plain
+from qat.config import Hold, RatePrice, ScaleRule, TrainConfig, to_plain
 from qat.errors import UserError
 from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, QuantStatistics, TrainMetrics
 from qat.lit.data import TextDataModule, accumulate_grad_batches
 from qat.lit.loggers import build_loggers, finish_loggers
 from qat.lit.module import QATModule
 from qat.lit.rate import RateControl
+from qat.lit.start import Start, uses_start
 from qat.model import load_config, load_tokenizer
 from qat.quant import quantized_modules
 from qat.quant.control import freeze_step
@@ -105,7 +106,9 @@ def check_config(config: TrainConfig) -> None:
 
 def uses_rate(config: TrainConfig) -> bool:
     """Whether the run has a rate term, or integers that freeze."""
-    return config.quant.enabled and (config.rate.price is not RatePrice.none or config.rate.freeze > 0)
+    rate = config.rate
+    wanted = rate.price is not RatePrice.none or rate.freeze > 0 or rate.target_bits is not None
+    return config.quant.enabled and wanted
 
 
 def _rate_checks(config: TrainConfig) -> dict[str, bool]:
@@ -114,8 +117,15 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
     return {
         f"rate.price={rate.price.value}: needs quantised layers, not quant=none": quant.enabled or not priced,
         f"rate.target_bits={rate.target_bits}: must be positive": rate.target_bits is None or rate.target_bits > 0,
-        f"rate.target_bits={rate.target_bits}: needs a price, rate=table or rate=prior": (
-            rate.target_bits is None or priced
+        f"rate.target_bits={rate.target_bits}: needs a price, rate=table or rate=prior, or rate.hold=steps": (
+            rate.target_bits is None or priced or rate.hold is Hold.steps
+        ),
+        "rate.lead: needs rate.target_bits": rate.lead is None or rate.target_bits is not None,
+        "rate.weight=null: needs rate.target_bits, and a teacher, loss.kl": (
+            rate.weight is not None or not priced or (rate.target_bits is not None and config.loss.kl > 0)
+        ),
+        "rate.lead and rate.weight=null: need quant.start_step=0": (
+            quant.start_step == 0 or (rate.lead is None and rate.weight is not None)
         ),
         f"rate.target_bits={rate.target_bits}: needs steps that can be steered, quant=learned": (
             rate.target_bits is None or learned
@@ -131,7 +141,7 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         ),
         f"rate.land={rate.land}: must not be negative": rate.land >= 0,
         f"rate.ramp={rate.ramp}: must be from 0 to 1": 0 <= rate.ramp <= 1,
-        f"rate.weight={rate.weight}: must be positive": rate.weight > 0,
+        f"rate.weight={rate.weight}: must be positive": rate.weight is None or rate.weight > 0,
         f"rate.ema={rate.ema}: must be from 0 to below 1": 0 <= rate.ema < 1,
         f"rate.every={rate.every}: must be at least 1": rate.every >= 1,
         f"rate.panels={rate.panels}: must be at least 1": rate.panels >= 1,
@@ -165,6 +175,7 @@ def build_trainer(config: TrainConfig, run: Path) -> pl.Trainer:
             callbacks=[
                 TrainMetrics(trainer_config.log_every),
                 QuantStatistics(),
+                *([Start(config)] if uses_start(config) else []),
                 # after what reads the step's figures, before what saves them
                 *([RateControl(config)] if uses_rate(config) else []),
                 Checkpoints(

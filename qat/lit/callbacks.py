@@ -33,27 +33,24 @@ class TrainMetrics(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._restart()
+        self._since = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        """Collect; now and then write. Raises UserError if the loss is not finite."""
-        if not ends_step(trainer, batch_idx):
+        """Now and then read and write: reading waits for the GPU. Raises UserError if the loss is not finite."""
+        if not ends_step(trainer, batch_idx) or trainer.global_step % self.every:
             return
         assert isinstance(module, QATModule)
-        sums = np.array(module.take_train_sums())
-        module.check_finite(sums[0])
-        module.log("train/loss", sums[0] / sums[3], prog_bar=True, logger=False)
-        self._sums += sums
-        if trainer.global_step % self.every == 0:
-            loss, kl, ce = self._sums[:3] / self._sums[3]
-            seconds = time.perf_counter() - self._since
-            metrics = {"train/loss": loss, "train/ce": ce}
-            if module.config.loss.kl:
-                metrics["train/kl"] = kl
-            module.write_metrics(metrics | {"lr": module.last_lr, "tokens/s": self._sums[3] / seconds})
-            self._restart()
+        loss, kl, ce, tokens = module.take_train_sums()
+        module.check_finite(loss)
+        module.log("train/loss", loss / tokens, prog_bar=True, logger=False)
+        seconds = time.perf_counter() - self._since
+        metrics = {"train/loss": loss / tokens, "train/ce": ce / tokens}
+        if module.config.loss.kl:
+            metrics["train/kl"] = kl / tokens
+        module.write_metrics(metrics | {"lr": module.last_lr, "tokens/s": tokens / seconds})
+        self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -62,10 +59,6 @@ class TrainMetrics(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Leave the validation out."""
         self._since += time.perf_counter() - self._paused
-
-    def _restart(self) -> None:
-        self._sums = np.zeros(4)
-        self._since = time.perf_counter()
 
 
 class QuantStatistics(pl.Callback):
@@ -165,6 +158,8 @@ class Checkpoints(pl.Callback):
         self._release()
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
+        assert isinstance(trainer.lightning_module, QATModule)
+        trainer.lightning_module.check_finite()
         trainer.save_checkpoint(path)
         # lines of the steps that the checkpoint covers
         for logger in trainer.loggers:

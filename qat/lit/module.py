@@ -21,6 +21,7 @@ from qat.distill import distillation_loss, token_sums
 from qat.errors import UserError
 from qat.model import check_output_logits, load_model, output_logits
 from qat.quant import prepare, quantized_modules, set_fake_quant
+from qat.quant.control import freeze_step
 from qat.quant.rate import RateTerm
 
 
@@ -49,16 +50,17 @@ class QATModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.config.quant.enabled:
             prepare(self.model, self.config.quant)
-        if self.config.model.compile:
-            # in place, and what is called below; state_dict keys stay as they are
-            self.model.base_model.compile()
-        layers = quantized_modules(self.model)
-        priced = bool(layers) and self.config.rate.price is not RatePrice.none
-        self.rate_term = RateTerm(layers, self.config.rate, self.config.model.compile) if priced else None
+        layers, rate = quantized_modules(self.model), self.config.rate
+        watched = bool(layers) and (rate.price is not RatePrice.none or rate.target_bits is not None)
+        self.rate_term = RateTerm(layers, rate, self.config.model.compile) if watched else None
         self.rate_weight = 0.0
         """Nats a bit, for the callback RateControl to set."""
         self.on_target = True
         """Whether this state may be the best one, as far as bits go; likewise."""
+        self.last_kl: Tensor | float = 0.0
+        """Of the last micro-batch, in nats, on its device."""
+        self.start_kl: float | None = None
+        """Before the first step, if the callback Start has measured it."""
         # in a list, lest it becomes a submodule
         self._teacher: list[PreTrainedModel] = []
         self._train_sums = torch.zeros(4)
@@ -78,7 +80,7 @@ class QATModule(pl.LightningModule):
     def last_lr(self) -> float:
         """The rate that the weights were last stepped with."""
         config = self.config.optim
-        return config.lr * lr_factor(self.global_step - 1, self.config.trainer.max_steps, config)
+        return config.lr * self._lr_factor(self.global_step - 1)
 
     def setup(self, stage: str) -> None:
         """Load the teacher, in the compute dtype, unless the loss has no use for one."""
@@ -95,6 +97,11 @@ class QATModule(pl.LightningModule):
         """Put the teacher where the student is."""
         for teacher in self._teacher:
             teacher.to(self.device)  # type: ignore[arg-type]
+
+    def on_train_start(self) -> None:
+        """Compile what is called below, in place; only now, since preparing the model looks into its blocks."""
+        if self.config.model.compile:
+            self.model.base_model.compile()
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for trainer.validate; fake quantisation as at this step."""
@@ -125,6 +132,7 @@ class QATModule(pl.LightningModule):
         )
         means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
+        self.last_kl = result.kl.detach()
         accumulate = self.trainer.accumulate_grad_batches
         if self.rate_term is None or not self.rate_weight or batch_idx % accumulate:
             return result.loss
@@ -153,14 +161,24 @@ class QATModule(pl.LightningModule):
         self.log_dict(metrics, logger=False, prog_bar=True, sync_dist=True)
         self.write_metrics(metrics)
 
+    def divergence(self, batches: list[Tensor]) -> float:
+        """Mean KL from the teacher over some batches as they are computed in training, in nats."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        with self.trainer.precision_plugin.train_step_context(), torch.no_grad():
+            for batch in batches:
+                hidden, teacher_hidden, targets = self._hidden(batch)
+                sums += token_sums(hidden, teacher_hidden, self._student_head, self._teacher_head, targets)
+        return float(sums[0] / sums[3])
+
     def take_train_sums(self) -> list[float]:
         """Sums over tokens of loss, KL and cross-entropy, and the tokens, over all ranks since the last call."""
         sums = self._over_ranks(self._train_sums)
         self._train_sums.zero_()
         return sums
 
-    def check_finite(self, loss: float) -> None:
-        """Raise UserError for a loss that is not; it comes before a checkpoint of this step."""
+    def check_finite(self, loss: float | None = None) -> None:
+        """Raise UserError for a loss that is not, without one for those since `take_train_sums`."""
+        loss = self._over_ranks(self._train_sums)[0] if loss is None else loss
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is not finite after step {self.global_step}: try a lower optim.lr or a longer "
@@ -174,14 +192,20 @@ class QATModule(pl.LightningModule):
                 logger.log_metrics(metrics, step=self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over three groups; linear warm-up and cosine over optimiser steps."""
+        """AdamW over groups with rates of their own; linear warm-up and cosine, and the same again once frozen."""
         config = self.config.optim
         optimizer = AdamW(
             parameter_groups(self.model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
         )
-        max_steps = self.config.trainer.max_steps
-        scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, max_steps, config))
+        scheduler = LambdaLR(optimizer, lambda step: self._lr_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        config, steps = self.config.optim, self.config.trainer.max_steps
+        frozen_from = freeze_step(self.config.rate, steps) if self.config.quant.enabled else steps
+        if step < frozen_from:
+            return lr_factor(step, frozen_from, config)
+        return config.frozen_lr_ratio * lr_factor(step - frozen_from, steps - frozen_from, config)
 
     def _hidden(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Last hidden states of student and teacher [B, T, D], and targets [B, T]."""
@@ -217,19 +241,22 @@ def lr_factor(step: int, max_steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: matrices (decay), embeddings, norms and biases (none), learned scales (own rate, none)."""
+    """Groups for AdamW: matrices (decay), embeddings and biases (none), norms, learned scales (own rates, none)."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices, rest, scales = [], [], []
+    matrices, rest, norms, scales = [], [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith("weight_log2_scale"):
             scales.append(parameter)
         elif parameter.ndim >= 2 and id(parameter) not in embeddings:
             matrices.append(parameter)
+        elif name.endswith("norm.weight"):
+            norms.append(parameter)
         else:
             rest.append(parameter)
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": matrices, "weight_decay": config.weight_decay},
         {"name": "rest", "params": rest, "weight_decay": 0.0},
+        {"name": "norms", "params": norms, "weight_decay": 0.0, "lr": config.norm_lr or config.lr},
         {"name": "scales", "params": scales, "weight_decay": 0.0, "lr": config.scale_lr},
     ]
     return [group for group in groups if group["params"]]

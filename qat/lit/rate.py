@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from qat.config import TrainConfig
+from qat.config import RatePrice, TrainConfig
 from qat.lit.module import QATModule
 from qat.quant import freeze, settle
 from qat.quant.container import container_overhead
@@ -18,7 +18,7 @@ TOLERANCE = 0.05
 
 
 class RateControl(pl.Callback):
-    """Steers module.rate_weight to rate.target_bits and freezes integers for the last rate.freeze of a run.
+    """Steers module.rate_weight, or all steps, to rate.target_bits; freezes integers for the last rate.freeze of a run.
 
     It acts between optimiser steps and before checkpoints are taken, so that a checkpoint holds what the next step
     needs. Every rank computes the same. Writes rate/{price,entropy,stored,target,weight} with each histogram, and at
@@ -33,20 +33,26 @@ class RateControl(pl.Callback):
         self.overhead: float | None = None
         self.frozen = False
         self._shares: dict[str, Tensor] = {}
+        # sum over micro-batches since the last histogram, and their number; read by the host with the histogram
+        self._kl: Tensor | float = 0.0
+        self._micro_batches = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Controller, histograms, overhead, phase."""
+        """Controller, histograms, overhead, phase, divergence since the last histogram."""
         return {
             "controller": self.controller.state_dict(),
             "shares": {name: shares.cpu() for name, shares in self._shares.items()},
             "overhead": self.overhead,
             "frozen": self.frozen,
+            "kl": float(self._kl),
+            "micro_batches": self._micro_batches,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As saved."""
         self.controller.load_state_dict(state_dict["controller"])
         self._shares, self.overhead, self.frozen = (state_dict[key] for key in ("shares", "overhead", "frozen"))
+        self._kl, self._micro_batches = state_dict["kl"], state_dict["micro_batches"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take up where the checkpoint was, or make the first histogram."""
@@ -65,6 +71,9 @@ class RateControl(pl.Callback):
     ) -> None:
         """After an optimiser step: measure if it is time, freeze if it is time, and keep frozen integers."""
         assert isinstance(module, QATModule)
+        if module.rate_term is not None and self.config.weight is None:
+            self._kl = module.last_kl + self._kl
+            self._micro_batches += 1
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = module.global_step
@@ -91,16 +100,24 @@ class RateControl(pl.Callback):
         assert self.overhead is not None
         entropy = term.refresh()
         stored = entropy + self.overhead
-        self.controller.update(module.global_step, stored)
-        with torch.no_grad():
-            metrics = {
-                "rate/price": float(term.bits()),
-                "rate/entropy": entropy,
-                "rate/stored": stored,
-            }
+        self.controller.update(module.global_step, stored, self._take_kl(module))
+        metrics = {"rate/entropy": entropy, "rate/stored": stored}
+        if self.config.price is not RatePrice.none:
+            with torch.no_grad():
+                metrics |= {"rate/price": float(term.bits()), "rate/weight": self.controller.weight}
         if self.config.target_bits is not None:
             metrics["rate/target"] = self.controller.target(module.global_step)
-        module.write_metrics(metrics | {"rate/weight": self.controller.weight})
+        module.write_metrics(metrics)
+        if self.controller.octaves:
+            term.shift(self.controller.octaves)
+
+    def _take_kl(self, module: QATModule) -> float | None:
+        """Mean divergence since the last histogram, over all ranks; at the start that of the prepared model."""
+        if not self._micro_batches:
+            return module.start_kl
+        kl = torch.as_tensor(self._kl / self._micro_batches, device=module.device)
+        self._kl, self._micro_batches = 0.0, 0
+        return float(module.trainer.strategy.reduce(kl, reduce_op="mean"))
 
     def _freeze(self, module: QATModule) -> None:
         if module.rate_term is not None and self.config.target_bits is not None:
@@ -112,7 +129,8 @@ class RateControl(pl.Callback):
     def _steer(self, module: QATModule) -> None:
         """Tell the module what follows from this state."""
         config, bits = self.config, self.controller.bits
-        module.rate_weight = 0.0 if self.frozen or not self._shares else self.controller.weight
+        priced = config.price is not RatePrice.none and not self.frozen and self._shares
+        module.rate_weight = self.controller.weight if priced else 0.0
         if config.freeze:
             module.on_target = self.frozen
         elif config.target_bits is not None:

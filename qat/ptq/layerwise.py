@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.quant import quantize
 
 BLOCK = 128
 """Columns whose errors are handed on together: a matrix product in place of so many outer products."""
@@ -19,8 +18,8 @@ DAMPING = 0.01
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """Integers of a weight on a given grid, columns of much input first.
+def compensate(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """What every column has become by the time it is rounded to a given grid, columns of much input first.
 
     Args:
         weight: float [N, K].
@@ -29,7 +28,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
         qmax: largest integer, at most 127.
 
     Returns:
-        int8 [N, K]; those of rounding to nearest where the Hessian is diagonal.
+        float32 [N, K], in steps.
 
     Raises:
         UserError: the Hessian has no Cholesky factor, however damped: NaN, infinities, or no second moment at all.
@@ -37,19 +36,25 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
     # stable: equal columns keep their order on every machine
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order]).float()
-    rest, columns = weight.float()[:, order], weight.shape[1]
-    q = torch.empty_like(rest, dtype=torch.int8)
+    # in steps, so that rounding a column is few small kernels
+    rest, columns = (weight.float() / scale)[:, order], weight.shape[1]
     for first in range(0, columns, BLOCK):
         block = slice(first, min(first + BLOCK, columns))
         inside, errors = factor[block, block], torch.empty_like(rest[:, block])
         for i in range(errors.shape[1]):
-            column = rest[:, first + i, None]
-            rounded = quantize(column, scale, qmax)
-            errors[:, i, None] = (column - rounded * scale) / inside[i, i]
-            rest[:, first + i + 1 : block.stop] -= errors[:, i, None] * inside[i, None, i + 1 :]
-            q[:, first + i, None] = rounded
+            column, error = rest[:, first + i], errors[:, i]
+            torch.div(column - column.round().clamp_(-qmax, qmax), inside[i, i], out=error)
+            rest[:, first + i + 1 : block.stop].addr_(error, inside[i, i + 1 :], alpha=-1)
         rest[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return q[:, order.argsort()]
+    return rest[:, order.argsort()]
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """Integers of a weight on a given grid, int8 [N, K]: those of rounding to nearest where the Hessian is diagonal.
+
+    Arguments and errors as `compensate`.
+    """
+    return compensate(weight, hessian, scale, qmax).round_().clamp_(-qmax, qmax).to(torch.int8)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

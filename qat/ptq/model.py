@@ -1,6 +1,6 @@
 """Round a whole model after training, and search a method's knob for the bits that its container shall have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,16 +78,8 @@ class Trained:
         return rounded
 
     def cost(self, rounded: dict[str, Rounded]) -> Cost:
-        """Code every layer as export does and weigh it."""
-        stored, information, weights = 0, 0.0, 0
-        for layer in rounded.values():
-            q = layer.q.cpu().numpy()
-            counts = weight_histogram(q)
-            layout = choose_layout(counts, (q.shape[0], q.shape[1]), self.profile)
-            stored += encode_tiles(np.ascontiguousarray(q), layout).nbytes + layer.scale.nbytes
-            information += entropy(counts) * q.size
-            weights += q.size
-        return Cost(8 * stored / weights, information / weights)
+        """What these layers take."""
+        return stored_cost(rounded.values(), self.profile)
 
     def at_bits(self, method: Method, target: float) -> tuple[float, Cost]:
         """Round to so many stored bits a weight, within `TOLERANCE`.
@@ -108,6 +100,19 @@ class Trained:
 
         knob = find_knob(bits, target, method.knob, self.known.setdefault(method, {}))
         return knob, found[-1]
+
+
+def stored_cost(layers: Iterable[Rounded], profile: str = "compact") -> Cost:
+    """Code every layer as export does and weigh it."""
+    stored, information, weights = 0, 0.0, 0
+    for layer in layers:
+        q = layer.q.cpu().numpy()
+        counts = weight_histogram(q)
+        layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile)
+        stored += encode_tiles(np.ascontiguousarray(q), layout).nbytes + layer.scale.nbytes
+        information += entropy(counts) * q.size
+        weights += q.size
+    return Cost(8 * stored / weights, information / weights)
 
 
 def find_knob(

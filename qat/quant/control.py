@@ -7,13 +7,16 @@ high rate D = c 2^(-2R), so that log w = log(2 ln2 D) at the optimum is linear i
 
     log w = a + proportional * e,   da/dstep = integral * e,   e = R - target
 
+With rate.hold=steps the controller is none: the price stays at 2 ln2 D, what it would have to be at the optimum, and
+all steps move together by the error, an octave being about a bit.
+
 If bits fall by g a step and unit of log w too high, nothing swings as long as 4 integral < g (proportional + 1.39)^2.
 """
 
 import math
 from dataclasses import dataclass
 
-from qat.config import RateConfig
+from qat.config import Hold, RateConfig
 
 LOWEST, HIGHEST = 1e-5, 1.0
 """Limits of the weight, in nats a bit; the integral stops there too, so that it comes back at once."""
@@ -26,7 +29,7 @@ class BitsController:
     Attributes:
         config: target, gains, smoothing.
         steps: of the whole run.
-        log_weight: the integral part, a.
+        log_weight: the integral part, a; while nothing was measured and none is configured, that of LOWEST.
         bits: smoothed measurement; None before the first.
         start: the first measurement, where the ramp begins.
         error: bits above the target at the last measurement.
@@ -42,14 +45,20 @@ class BitsController:
     @classmethod
     def fresh(cls, config: RateConfig, steps: int) -> "BitsController":
         """At the beginning of a run of so many optimiser steps."""
-        return cls(config, steps, math.log(config.weight))
+        return cls(config, steps, math.log(config.weight or LOWEST))
 
     @property
     def weight(self) -> float:
         """Of the rate term, in nats a bit: the configured one without a target."""
-        if self.config.target_bits is None:
+        if self.config.target_bits is None and self.config.weight is not None:
             return self.config.weight
-        return math.exp(_clamp(self.log_weight + self.config.proportional * self.error))
+        steered = self.config.hold is Hold.weight
+        return math.exp(_clamp(self.log_weight + self.config.proportional * self.error * steered))
+
+    @property
+    def octaves(self) -> float:
+        """By which all steps shall grow."""
+        return self.error if self.config.hold is Hold.steps else 0.0
 
     def target(self, step: int) -> float:
         """Bits to be at after optimiser step `step`: a line from the first measurement, then `target_bits`."""
@@ -57,13 +66,18 @@ class BitsController:
         done = min(1.0, step / max(1, ramp_end(self.config, self.steps)))
         return self.start + (self.config.target_bits - self.start) * done
 
-    def update(self, step: int, measured: float) -> None:
-        """Take a measurement of stored bits into account, made after optimiser step `step`."""
-        past = self.config.ema
+    def update(self, step: int, measured: float, kl: float | None = None) -> None:
+        """Take measurements of stored bits, and of KL in nats, into account, made after optimiser step `step`."""
+        past, held_by_steps = self.config.ema, self.config.hold is Hold.steps
+        if self.config.weight is None and kl is not None and (self.bits is None or held_by_steps):
+            self.log_weight = _clamp(math.log(max(2 * math.log(2) * kl, LOWEST)))
         self.bits = measured if self.bits is None else past * self.bits + (1 - past) * measured
         self.start = measured if self.start is None else self.start
-        if self.config.target_bits is not None:
-            self.error = self.bits - self.target(step)
+        if self.config.target_bits is None:
+            return
+        # a step that moves answers at once: to look back would make it swing
+        self.error = (measured if held_by_steps else self.bits) - self.target(step)
+        if not held_by_steps:
             self.log_weight = _clamp(self.log_weight + self.config.integral * self.config.every * self.error)
 
     def state_dict(self) -> dict[str, float | None]:

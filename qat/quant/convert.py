@@ -8,7 +8,7 @@ import torch
 from rans_kernels.dense import Int8Embedding, Int8Linear
 from torch import Tensor, nn
 
-from qat.config import QuantConfig, ScaleRule
+from qat.config import Granularity, QuantConfig, Rounding, ScaleRule
 from qat.errors import UserError
 from qat.quant.fake_quant import quantize
 from qat.quant.modules import QATEmbedding, QATLinear, QATModule
@@ -24,6 +24,13 @@ def check_config(config: QuantConfig) -> None:
         (config.init is ScaleRule.learned, "quant.init=learned must be absmax or std, where a learned scale starts"),
         (not config.k > 0, f"quant.k={config.k} must be positive"),
         (config.start_step < 0, f"quant.start_step={config.start_step} must not be negative"),
+        (not 0 <= config.columns <= 1, f"quant.columns={config.columns} must be from 0 to 1"),
+        (config.calibration_windows < 1, f"quant.calibration_windows={config.calibration_windows} must be at least 1"),
+        (
+            config.rounding is Rounding.gptq
+            and (config.scale is not ScaleRule.learned or config.granularity is Granularity.per_group),
+            "quant.rounding=gptq needs quant.scale=learned and one step a row or a layer",
+        ),
     ]
     for wrong, message in problems:
         if wrong:

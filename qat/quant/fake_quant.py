@@ -19,7 +19,7 @@ import torch
 from rans_kernels.dense import dequantize, expand_scale
 from torch import Tensor
 
-from qat.quant.scales import blocks
+from qat.quant.scales import block_sums
 
 
 def quantize(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None = None) -> Tensor:
@@ -77,18 +77,19 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, frozen = ctx.saved_tensors
+        # a small model's step is mostly launches: as few passes as there can be
+        grad = grad.float()
         if frozen is None:
             steps = _steps(weight, scale, ctx.group_size)
-            inside = steps.abs() <= ctx.qmax
-            grad_weight = torch.where(inside, grad, 0).to(weight.dtype)
+            clipped = steps.clamp(-ctx.qmax, ctx.qmax)
+            outside = steps != clipped
+            grad_weight = grad.masked_fill(outside, 0).to(weight.dtype)
             if not ctx.needs_input_grad[1]:
                 return grad_weight, None, None, None, None, None
-            slope = steps.round().clamp(-ctx.qmax, ctx.qmax) - torch.where(inside, steps, 0)
+            slope = clipped.round_().sub_(steps.masked_fill_(outside, 0)).mul_(grad)
         else:
-            grad_weight, slope = torch.zeros_like(weight), frozen
-        shared = blocks(grad.float() * slope, scale.shape[0], ctx.group_size)
-        grad_scale = torch.cat([block.sum((-2, -1)) for block in shared], dim=1)
-        return grad_weight, grad_scale, None, None, None, None
+            grad_weight, slope = torch.zeros_like(weight), grad * frozen
+        return grad_weight, block_sums(slope, scale.shape[0], ctx.group_size), None, None, None, None
 
 
 def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:

@@ -62,6 +62,17 @@ class QATModule(nn.Module):
             scale = weight_scale(self.weight, self.quant_config, self.log2_scale)
             self.weight.copy_(dequantize(self.frozen, scale, self.weight.dtype, grid(self.quant_config)[1]))
 
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Start a learned scale, if this module owns one, from the weight as it is."""
+        if self.weight_log2_scale is None:
+            return
+        value = weight_scale(self.weight, self.quant_config).log2()
+        if self.weight_log2_scale.is_meta:
+            self.weight_log2_scale = nn.Parameter(value)
+        else:
+            self.weight_log2_scale.copy_(value)
+
     def extra_repr(self) -> str:
         """The stock layer's, then bits, granularity and rule."""
         config = self.quant_config
@@ -79,7 +90,7 @@ class QATModule(nn.Module):
         self.register_buffer("frozen", None, persistent=False)
         self.register_parameter("weight_log2_scale", None)
         if config.scale is ScaleRule.learned and owner is None:
-            self._reset_log2_scale()
+            self.weight_log2_scale = nn.Parameter(weight_scale(self.weight, config).log2())
         return self.train(module.training)
 
     def _with_idle_scale(self, out: Tensor) -> Tensor:
@@ -88,13 +99,6 @@ class QATModule(nn.Module):
             return out
         return out + 0 * self.weight_log2_scale.sum()
 
-    def _reset_log2_scale(self) -> None:
-        value = weight_scale(self.weight, self.quant_config).log2()
-        if self.weight_log2_scale is None or self.weight_log2_scale.is_meta:
-            self.weight_log2_scale = nn.Parameter(value)
-        else:
-            self.weight_log2_scale.data.copy_(value)
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
@@ -102,7 +106,7 @@ class QATModule(nn.Module):
         # a stock checkpoint: start the scale from the weight just loaded
         if f"{prefix}weight_log2_scale" in missing and f"{prefix}weight" in state_dict:
             missing.remove(f"{prefix}weight_log2_scale")
-            self._reset_log2_scale()
+            self.reset_scale()
 
 
 class QATLinear(QATModule, nn.Linear):

@@ -14,6 +14,7 @@ the clip a weight is charged what the clip costs, and gets no gradient.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from rans_kernels.dense import expand_scale
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from qat.config import RateConfig, RatePrice
 from qat.quant.convert import quantize_weight
 from qat.quant.modules import QATModule
-from qat.quant.scales import grid, weight_scale
+from qat.quant.scales import block_sums, grid, weight_scale
 
 DEAREST = 12.0
 """Bits of an integer that has one slot of the largest table, 2^12."""
@@ -35,7 +36,7 @@ MIN_SPREAD = 0.05
 
 def entropy(q: Tensor) -> float:
     """Empirical entropy of the integers, -sum p log2 p, in bits a weight; q: int8 of any shape."""
-    return share_entropy(integer_shares(q))
+    return float(share_entropy(integer_shares(q)))
 
 
 def clipped_fraction(q: Tensor, qmax: int) -> float:
@@ -62,14 +63,15 @@ def weight_statistics(module: QATModule) -> dict[str, float]:
 
 def integer_shares(q: Tensor) -> Tensor:
     """Share of every integer from -128 to 127 among q, int8 of any shape: float64 [256] on its device."""
-    counts = torch.bincount(q.reshape(-1).view(torch.uint8), minlength=256)
-    return counts.roll(128).double() / q.numel()
+    # not bincount, which makes the host wait for the GPU
+    places = q.reshape(-1).long() + 128
+    counts = torch.zeros(256, dtype=torch.int64, device=q.device).scatter_add_(0, places, torch.ones_like(places))
+    return counts.double() / q.numel()
 
 
-def share_entropy(shares: Tensor) -> float:
-    """Entropy of a distribution [256], in bits."""
-    p = shares[shares > 0]
-    return float((p * -p.log2()).sum())
+def share_entropy(shares: Tensor) -> Tensor:
+    """Entropy of distributions [..., 256], in bits: [...]."""
+    return torch.special.entr(shares).sum(-1) / math.log(2)
 
 
 def table_prices(shares: Tensor) -> Tensor:
@@ -96,11 +98,37 @@ def table_bits(weight: Tensor, scale: Tensor, prices: Tensor, qmax: int, group_s
     Returns:
         A scalar; float32, or wider if the weight is.
     """
-    steps = _clipped_steps(weight, scale, qmax, group_size)
-    # no gradient through the place in the table; the last integer has no right neighbour
-    left = steps.detach().floor().clamp_max(qmax - 1)
-    place = left.int() + 128
-    return torch.lerp(prices.to(steps.dtype)[place], prices.to(steps.dtype)[place + 1], steps - left).sum()
+    return _TableBits.apply(weight, scale, prices, qmax, group_size)
+
+
+class _TableBits(torch.autograd.Function):
+    """By hand: a small model's step is mostly launches, and autograd through a checkpoint makes twice as many."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, prices: Tensor, qmax: int, group_size: int | None) -> Tensor:
+        ctx.save_for_backward(weight, scale, prices)
+        ctx.qmax, ctx.group_size = qmax, group_size
+        steps = _steps(weight, scale, group_size).clamp_(-qmax, qmax).add_(qmax)
+        place, prices = steps.long(), prices[128 - qmax : 129 + qmax].to(steps.dtype)
+        return prices.take(place).addcmul_(_slopes(prices).take(place), steps.sub_(place)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, prices = ctx.saved_tensors
+        steps = _steps(weight, scale, ctx.group_size)
+        clipped = steps.clamp(-ctx.qmax, ctx.qmax)
+        slopes = _slopes(prices[128 - ctx.qmax : 129 + ctx.qmax].to(steps.dtype) * grad)
+        slope = slopes.take((clipped + ctx.qmax).long()).masked_fill_(steps != clipped, 0)
+        slope.div_(expand_scale(scale, weight.shape[1], ctx.group_size))
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = -block_sums(steps.mul_(slope), scale.shape[0], ctx.group_size)
+        return slope.to(weight.dtype), grad_scale, None, None, None
+
+
+def _slopes(prices: Tensor) -> Tensor:
+    """What the next integer costs more; the last has none."""
+    return F.pad(prices.diff(), (0, 1))
 
 
 def prior_bits(
@@ -124,7 +152,7 @@ def prior_bits(
     Returns:
         A scalar; float32, or wider if the weight is.
     """
-    steps = _clipped_steps(weight, scale, qmax, group_size)
+    steps = _steps(weight, scale, group_size).clamp(-qmax, qmax)
     steps = steps + (torch.rand_like(steps) - 0.5 if noise is None else noise)
     # F(x) - F(y) = (1 - e^(y - x)) / ((1 + e^y) (1 + e^-x)): no difference of nearly equal numbers in the tails
     below, above = (steps - 0.5) / spread, (steps + 0.5) / spread
@@ -152,6 +180,8 @@ class RateTerm:
         self.modules = {name: modules[name] for name in owners.values()}
         self.weights = sum(module.weight.numel() for module in self.modules.values())
         self.shares: dict[str, Tensor] = {}
+        # what prices rest on, from the histograms as they are; made when first asked for
+        self._about: dict[str, Tensor] = {}
         self.config = config
         bits: Callable[..., Tensor] = table_bits if config.price is RatePrice.table else prior_bits
         self._bits = torch.compile(bits, dynamic=False) if compile else bits
@@ -159,8 +189,7 @@ class RateTerm:
     @torch.no_grad()
     def entropy(self) -> float:
         """Entropy of the integers as they are, in bits a weight."""
-        modules = self.modules.values()
-        return sum(entropy(module.integers()) * module.weight.numel() for module in modules) / self.weights
+        return self._mean_entropy([integer_shares(module.integers()) for module in self.modules.values()])
 
     @torch.no_grad()
     def land(self, measure: Callable[[], float], target: float, octaves: float) -> None:
@@ -172,19 +201,25 @@ class RateTerm:
         for _ in range(12):
             # bits fall as steps grow
             low, high = (shift, high) if measure() > target else (low, shift)
-            self._shift((low + high) / 2 - shift)
+            self.shift((low + high) / 2 - shift)
             shift = (low + high) / 2
+
+    @torch.no_grad()
+    def shift(self, octaves: float) -> None:
+        """Multiply all learned steps by 2 ** octaves."""
+        for module in self.modules.values():
+            assert module.log2_scale is not None
+            module.log2_scale.add_(octaves)
 
     @torch.no_grad()
     def refresh(self) -> float:
         """Take new histograms into account; gives the entropy of the integers as they are, in bits a weight."""
-        bits = 0.0
-        for name, module in self.modules.items():
-            shares = integer_shares(module.integers())
-            bits += share_entropy(shares) * module.weight.numel()
+        found = {name: integer_shares(module.integers()) for name, module in self.modules.items()}
+        for name, shares in found.items():
             past = self.shares.get(name, shares).to(shares.device)
             self.shares[name] = shares.lerp(past, self.config.ema)
-        return bits / self.weights
+        self._about.clear()
+        return self._mean_entropy(list(found.values()))
 
     def bits(self) -> Tensor:
         """Mean price in bits a weight, a scalar with gradient; the backward keeps nothing but weights and scales."""
@@ -192,20 +227,21 @@ class RateTerm:
         total = []
         for name, module in self.modules.items():
             qmax, group_size = grid(module.quant_config)
-            shares = self.shares[name].to(module.weight.device)
+            if name not in self._about:
+                shares = self.shares[name].to(module.weight.device)
+                self._about[name] = logistic_spread(shares) if noisy else table_prices(shares)
             scale = weight_scale(module.weight, module.quant_config, module.log2_scale)
-            about = logistic_spread(shares) if noisy else table_prices(shares)
+            arguments = module.weight, scale, self._about[name], qmax, group_size
             # computed again in the backward: a weight matrix is large, and its price a few passes
-            arguments = module.weight, scale, about, qmax, group_size
-            total.append(checkpoint(self._bits, *arguments, use_reentrant=False, preserve_rng_state=noisy))
+            total.append(checkpoint(self._bits, *arguments, use_reentrant=False) if noisy else self._bits(*arguments))
         return torch.stack(total).sum() / self.weights
 
-    def _shift(self, octaves: float) -> None:
-        for module in self.modules.values():
-            assert module.log2_scale is not None
-            module.log2_scale.add_(octaves)
+    def _mean_entropy(self, shares: list[Tensor]) -> float:
+        sizes = [module.weight.numel() for module in self.modules.values()]
+        bits = share_entropy(torch.stack(shares))
+        return float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
 
 
-def _clipped_steps(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None) -> Tensor:
+def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return (wide / expand_scale(scale, weight.shape[1], group_size)).clamp(-qmax, qmax)
+    return wide / expand_scale(scale, weight.shape[1], group_size)

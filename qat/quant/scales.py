@@ -38,6 +38,12 @@ def blocks(x: Tensor, rows: int, group_size: int | None) -> list[Tensor]:
     return views + ([x[:, None, None, whole:]] if whole < x.shape[1] else [])
 
 
+def block_sums(x: Tensor, rows: int, group_size: int | None) -> Tensor:
+    """Sums of x [N, K] over what shares a scale: [R, G]; arguments as for `blocks`."""
+    sums = [block.sum((-2, -1)) for block in blocks(x, rows, group_size)]
+    return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+
+
 def weight_scale(weight: Tensor, config: QuantConfig, log2_scale: Tensor | None = None) -> Tensor:
     """Step of the integer grid.
 

@@ -1,15 +1,18 @@
 """The frontier's command on the tiny Llama: its rows are what they say, its figure the same for the same rows."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from benchmarks.frontier import METHODS, Candidate, Method, draw, main, merge
+from benchmarks.frontier import METHODS, Candidate, Method, draw, locked, main, merge
+from benchmarks.trained import RECIPES
 from qat.errors import UserError
 from qat.model import load_model
 
-KEYS = {"method", "target_bits", "bits", "entropy", "ppl", "ratio", "kl", "top1", "tokens", "seconds", "knob"}
+KEYS = {"method", "target_bits", "bits", "entropy", "ppl", "ratio", "kl", "top1", "tokens", "seconds", "knob",
+        "training"}  # fmt: skip
 
 
 @pytest.fixture
@@ -32,10 +35,11 @@ def run(tiny_llama, sample_text, tmp_path):
 def test_every_method_makes_its_rows(run, tmp_path):
     found = run("--bits", "6", "5")
     rows = found["rows"]
-    targeted = [name for name, method in METHODS.items() if method.targeted]
+    methods = [name for name in METHODS if name not in RECIPES]
+    targeted = [name for name in methods if METHODS[name].targeted]
     assert {"rtn", "gptq", "entquant"} <= set(targeted)
     assert [row["method"] for row in rows] == sorted((row["method"] for row in rows), key=list(METHODS).index)
-    assert len(rows) == 2 * len(targeted) + len(METHODS) - len(targeted)
+    assert len(rows) == 2 * len(targeted) + len(methods) - len(targeted)
     for row in rows:
         assert row.keys() == KEYS and row["tokens"] == 800
         assert row["entropy"] < row["bits"]
@@ -56,6 +60,35 @@ def test_a_method_can_be_added_and_rows_of_others_stay(run, monkeypatch):
     rows = run("--methods", "mine", "rtn", "--bits", "6")["rows"]
     assert [row["method"] for row in rows] == ["int8", "mine", "rtn"]
     assert rows[1]["kl"] == 0 and rows[1]["top1"] == 1 and set(rows[1]["ratio"].values()) == {1}
+
+
+def test_every_recipe_trains_to_the_target_and_a_broken_one_loses_no_others(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(RECIPES, "rate-dual", ["experiment=nope"])
+    words = ["--methods", *RECIPES, "--bits", "8", f"--train={tmp_path / 'c.txt'}", "--tokens=12000",
+             "--micro-batch=32", "--label=-x",
+             "--set", "optim.warmup_steps=1", "rate.every=1", "optim.lr=1e-4"]  # fmt: skip
+    with pytest.raises(UserError, match="rate-dual at 8"):
+        run(*words)
+    (path,) = tmp_path.glob("frontier-*.json")
+    rows = {row["method"].removesuffix("-x"): row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [name for name in RECIPES if name != "rate-dual"]
+    for name, row in rows.items():
+        assert row["training"] == {"tokens": 12000, "steps": 4, "overrides": words[-3:]}
+        # a container this small jumps from split to split
+        assert abs(row["bits"] - (16 if name == "finetune" else 8)) < 0.3, name
+
+
+def test_calls_at_the_same_time_keep_each_others_rows(tmp_path):
+    path = tmp_path / "x.json"
+
+    def add(index):
+        with locked(path):
+            rows = merge(path, {}, [{"method": str(index), "target_bits": None}])
+            path.write_text(json.dumps({"setting": {"base_ppl": index}, "rows": rows}))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(40)))
+    assert len(json.loads(path.read_text())["rows"]) == 40
 
 
 def test_rows_of_another_setting_go(tmp_path):

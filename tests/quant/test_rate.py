@@ -66,7 +66,7 @@ def test_table_price_of_integers_is_the_entropy_of_their_histogram():
     q[0, :50], q[1, :70] = 127, -127
     shares = integer_shares(q.to(torch.int8))
     bits = table_bits(q.double(), torch.ones(1, 1), table_prices(shares), 127)
-    assert float(bits) / q.numel() == pytest.approx(share_entropy(shares), rel=1e-6)
+    assert float(bits) / q.numel() == pytest.approx(float(share_entropy(shares)), rel=1e-6)
 
 
 @pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])

@@ -110,15 +110,16 @@ def test_gradient_checkpointing_changes_no_gradient(make_config: MakeConfig, tmp
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(make_config: MakeConfig) -> None:
     module = QATModule(to_plain(make_config()))
     names = {id(p): name for name, p in module.model.named_parameters()}
-    optim = OptimConfig(lr=1.0, scale_lr=2.0, weight_decay=0.1)
+    optim = OptimConfig(lr=1.0, scale_lr=2.0, norm_lr=3.0, weight_decay=0.1)
     groups = {g["name"]: g for g in parameter_groups(module.model, optim)}
     members = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
     assert sorted(n for group in members.values() for n in group) == sorted(names.values())
     assert members["scales"] == {n for n in names.values() if n.endswith("weight_log2_scale")}
     assert members["matrices"] == {n for n in names.values() if n.endswith("proj.weight")}
-    assert members["rest"] == {n for n in names.values() if "norm" in n or "embed" in n}
-    assert [groups[key]["weight_decay"] for key in ("matrices", "rest", "scales")] == [0.1, 0, 0]
-    assert groups["scales"]["lr"] == 2.0
+    assert members["norms"] == {n for n in names.values() if "norm" in n}
+    assert members["rest"] == {n for n in names.values() if "embed" in n}
+    assert [groups[key]["weight_decay"] for key in ("matrices", "rest", "norms", "scales")] == [0.1, 0, 0, 0]
+    assert [groups[key]["lr"] for key in ("norms", "scales")] == [3.0, 2.0]
     assert "lr" not in groups["matrices"] | groups["rest"]
 
 
@@ -134,6 +135,16 @@ def test_the_rate_climbs_to_its_peak_and_falls_to_its_end(warmup: int) -> None:
         assert max(factors) == factors[warmup] == 1
         assert factors[30] == pytest.approx(0.1)
         assert factors[29] > factors[30]
+
+
+def test_rates_are_down_at_the_freeze_and_rise_once_more(make_config: MakeConfig) -> None:
+    config = make_config()
+    config.trainer.max_steps, config.rate.freeze, config.optim.frozen_lr_ratio = 20, 0.25, 0.5
+    module = QATModule(to_plain(config))
+    (factors,) = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[:1]
+    rates = [factors(step) for step in range(20)]
+    assert max(rates[:15]) == 1 and rates[14] < 0.05
+    assert max(rates[15:]) == 0.5 and rates[19] < 0.25
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs with a rate term: bits land where they should, integers freeze, and a resumed run repeats the unbroken one."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import compose
-from qat.config import RatePrice, ScaleRule, TrainConfig
+from qat.config import Hold, RatePrice, ScaleRule, TrainConfig
 from qat.errors import UserError
 from qat.export import export
 from qat.lit import build
@@ -56,7 +57,9 @@ def test_exported_bits_are_the_target(make_rate_config: MakeRateConfig, tmp_path
     target = start + offset
     # a short run needs a quick controller
     rate = {"target_bits": target, "freeze": 0.2, "land": 1.0, "weight": 0.3, "proportional": 8.0, "integral": 0.3}
-    folder = build.train(make_rate_config(60, **rate))
+    config = make_rate_config(60, **rate)
+    config.optim.scale_lr = 6e-2
+    folder = build.train(config)
     output = tmp_path / "exported"
     export(compose("export", f"source={folder / 'checkpoints' / 'last.ckpt'}", f"output={output}"))
     bits = json.loads((output / "export_report.json").read_text())["summary"]["bits"]
@@ -67,6 +70,21 @@ def test_exported_bits_are_the_target(make_rate_config: MakeRateConfig, tmp_path
     assert abs(list(metrics(folder, "rate/stored").values())[-1] - target) < 0.75 * abs(offset)
     # an earlier state of lower divergence and other bits is not the best
     assert read_checkpoint(folder / "checkpoints" / "best.ckpt").step >= 48
+
+
+@pytest.mark.parametrize("price", [RatePrice.none, RatePrice.table])
+def test_steps_hold_the_target_with_and_without_a_price(make_rate_config: MakeRateConfig, price: RatePrice) -> None:
+    config = make_rate_config(20, price=price, target_bits=10.0, lead=0.3, hold=Hold.steps, weight=None, ramp=0.5)
+    config.optim.lr, config.optim.scale_lr = 1e-3, 0.0
+    folder = build.train(config)
+    stored, target = (metrics(folder, f"rate/{key}") for key in ("stored", "target"))
+    assert stored[0] == pytest.approx(10.3, abs=0.05) and target[20] == 10
+    assert all(abs(stored[step] - 10) < 0.1 for step in (14, 16, 18, 20))
+    # the price is what the divergence says
+    if price is not RatePrice.none:
+        weight, kl, start = (metrics(folder, key) for key in ("rate/weight", "train/kl", "start/kl"))
+        assert weight[0] == pytest.approx(2 * math.log(2) * start[0])
+        assert weight[8] == pytest.approx(math.log(2) * (kl[7] + kl[8]), rel=1e-4)
 
 
 class Watch(pl.Callback):
@@ -125,6 +143,8 @@ def test_a_checkpoint_of_frozen_integers_computes_as_it_trained(make_rate_config
     [
         ("rate.target_bits", {"target_bits": 3.0, "price": RatePrice.none}),
         ("rate.target_bits", {"target_bits": -1.0}),
+        ("rate.lead", {"lead": 0.5}),
+        ("rate.weight", {"weight": None}),
         ("rate.freeze", {"freeze": 1.0}),
         ("rate.freeze", {"freeze": 0.5, "ramp": 0.6}),
         ("rate.ramp", {"ramp": 1.5}),

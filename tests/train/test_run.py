@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import CONFIG_DIR, run_dir
-from qat.config import LoggerMode, QuantConfig, RatePrice, TrainConfig, register_schemas, to_plain
+from qat.config import Hold, LoggerMode, QuantConfig, RatePrice, Rounding, TrainConfig, register_schemas, to_plain
 from qat.errors import UserError
 from qat.lit import build
 from qat.lit.callbacks import Checkpoints
@@ -128,6 +128,8 @@ def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
     make_rate_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, price: RatePrice, micro_batch: int
 ) -> None:
     rate = {"price": price, "target_bits": 12.0, "freeze": 0.34, "every": 3}
+    if price is RatePrice.prior:
+        rate |= {"hold": Hold.steps, "weight": None, "lead": 0.5}
     unbroken = build.train(make_rate_config(12, **rate))
     config = make_rate_config(12, **rate)
     config.name = "broken"
@@ -215,9 +217,14 @@ def test_two_processes_train_as_one_does(make_config: MakeConfig, unbroken: Path
 
 @pytest.mark.slow
 def test_two_processes_steer_and_freeze_as_one_does(make_rate_config: Callable[..., TrainConfig]) -> None:
-    rate = {"target_bits": 10.2, "freeze": 0.5, "ramp": 0.2}
-    alone = metrics(build.train(make_rate_config(6, **rate)))
-    config = make_rate_config(6, **rate)
+    def prepared() -> TrainConfig:
+        rate = {"target_bits": 10.2, "freeze": 0.5, "ramp": 0.2, "lead": 0.2, "weight": None, "hold": Hold.steps}
+        config = make_rate_config(6, **rate)
+        config.quant.rounding, config.quant.columns = Rounding.gptq, 0.5
+        return config
+
+    alone = metrics(build.train(prepared()))
+    config = prepared()
     config.name, config.trainer.devices, config.trainer.strategy = "two", 2, "ddp"
     subprocess.run(command(config), env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
     (folder,) = Path(config.paths.output_root, "two").glob("2*")

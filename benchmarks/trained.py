@@ -1,0 +1,124 @@
+"""Methods of the frontier that train: variants of a recipe, each an entry of `RECIPES` in words of train.py's command.
+
+A variant is trained to the target through the path of train.py, and its last checkpoint weighed as export stores it.
+"""
+
+import gc
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qat.checkpoint import load_fake_quant
+from qat.cli import compose
+from qat.errors import UserError
+from qat.lit.build import train
+from qat.ptq import Cost, Rounded, stored_cost
+from qat.quant import freeze, grid, quantize_weight, quantized_modules, set_fake_quant
+
+FULL = ["experiment=bookllama_rate"]
+# the rates of the full recipe; steps keep their proportions, and their common factor holds the target
+PLAIN = ["quant=learned", "quant.k=0.5", "rate.hold=steps", "rate.lead=0", "optim.lr=1e-3",
+         "optim.scale_lr=0"]  # fmt: skip
+
+RECIPES: dict[str, list[str]] = {
+    "rate": FULL,
+    "rate-prior": [*FULL, "rate.price=prior"],
+    "rate-noprice": [*FULL, "rate.price=none"],
+    "rate-dual": [*FULL, "rate.hold=weight"],
+    "rate-nocolumns": [*FULL, "quant.columns=0"],
+    "rate-nogptq": [*FULL, "quant.rounding=nearest"],
+    "rate-noramp": [*FULL, "rate.lead=0"],
+    "rate-nofreeze": [*FULL, "rate.freeze=0"],
+    "rate-row": [*FULL, "quant.granularity=per_channel"],
+    "ste": PLAIN,
+    "ste-layer": [*PLAIN, "quant.granularity=per_tensor"],
+    "ste-decay": [*PLAIN, "optim.weight_decay=0.3"],
+    "finetune": ["quant=none", "optim.lr=1e-3"],
+}
+"""`rate` is the whole recipe, the next ones lack a part or have another. `ste` is fake quantisation alone,
+one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""
+UNTARGETED = {"finetune"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all variants share.
+
+    Attributes:
+        model: Hugging Face folder of the base.
+        texts: to train on.
+        valid: held-out text; nothing is chosen by it.
+        tokens: budget.
+        seq_len: predicted tokens of a window.
+        batch: windows of an optimiser step.
+        micro_batch: windows at once.
+        cache: folder of tokenised text.
+        accelerator: gpu or cpu.
+        overrides: words of train.py's command, after all others.
+    """
+
+    model: Path
+    texts: list[str]
+    valid: str
+    tokens: int
+    seq_len: int
+    batch: int
+    micro_batch: int
+    cache: str
+    accelerator: str
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that the budget allows."""
+        return self.tokens // (self.batch * self.seq_len)
+
+    def words(self, name: str, target: float | None, output: Path) -> list[str]:
+        """Of train.py's command for a variant."""
+        bits = [f"name={name}"] if target is None else [f"name={name}-{target:g}", f"rate.target_bits={target}"]
+        # seldom: nothing is chosen by validation, but what the container adds is measured then
+        every = max(1, self.steps // 4)
+        return [
+            *RECIPES[name], *bits, f"model.path={self.model}", f"data.train=[{','.join(self.texts)}]",
+            f"data.valid={self.valid}", f"data.seq_len={self.seq_len}", f"data.batch_size={self.batch}",
+            f"data.micro_batch_size={self.micro_batch}", "data.valid_windows=64", "loss.chunk_tokens=8192",
+            f"trainer.max_steps={self.steps}", f"trainer.valid_every={every}", "trainer.log_every=20",
+            f"trainer.checkpoint_every={self.steps}", "trainer.progress_bar=false", "logger=disabled",
+            f"trainer.accelerator={self.accelerator}", f"paths.cache={self.cache}", f"paths.output_root={output}",
+            *self.overrides,
+        ]  # fmt: skip
+
+
+def train_variant(name: str, training: Training, target: float | None) -> tuple[PreTrainedModel, Cost]:
+    """Train a variant to so many stored bits.
+
+    Returns:
+        The model on the CPU in eval mode, with the weights that the integers stand for, and what they take. One that
+        is not quantised is rounded to bfloat16.
+
+    Raises:
+        UserError: the budget does not make a step, or as `train`.
+    """
+    if training.steps < 1:
+        raise UserError(
+            f"--tokens {training.tokens} is less than a step of {training.batch} windows of {training.seq_len}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(compose("train", *training.words(name, target, Path(folder))))
+        model: Any = load_fake_quant(run / "checkpoints" / "last.ckpt")
+    # a run is full of cycles, and other processes may want the memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    if not quantized_modules(model):
+        return model.to(torch.bfloat16).float(), Cost(16.0, 16.0)
+    cost = stored_cost(
+        Rounded(*quantize_weight(layer.weight, layer.quant_config, layer.log2_scale), grid(layer.quant_config)[1])
+        for layer in quantized_modules(model).values()
+    )
+    freeze(model)
+    set_fake_quant(model, False)
+    return model, cost
