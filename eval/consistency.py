@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rans_kernels
 import torch
 from rans_kernels.checkpoint import read_config
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import entry_point
 from qat.config import EvalConfig, QuantConfig, from_plain, to_plain
-from qat.data import load_tokens, windows
+from qat.data import load_tokens, spread_prompts, windows
 from qat.divergence import LogitComparison, compare_tokens
 from qat.errors import UserError
 from qat.inference import generate_greedy, pick_device, pick_dtype
@@ -168,11 +167,10 @@ def _held_out(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[T
             f"the text has {len(tokens):,} tokens, and one window of seq_len={config.seq_len} needs "
             f"{config.seq_len + 1:,}: give more text or a smaller seq_len=..."
         )
-    starts = np.linspace(0, len(tokens) - config.prompt_tokens, config.prompts).astype(np.int64)
-    prompts = np.stack([tokens[start : start + config.prompt_tokens] for start in starts]).astype(np.int64)
+    prompts = spread_prompts(tokens, config.prompts, config.prompt_tokens)
     data = windows(tokens, config.seq_len)
     text = [data[index] for index in range(min(len(data), config.windows or len(data)))]
-    return torch.from_numpy(prompts), torch.stack(text), len(tokens)
+    return prompts, torch.stack(text), len(tokens)
 
 
 def _check_context(config: EvalConfig, context: int | None) -> None:

@@ -121,6 +121,11 @@ class DataConfig:
     """Windows a device holds at once; the rest is gradient accumulation."""
     valid_windows: int | None = None
     """Validate on the first so many windows; null takes all."""
+    valid_prompts: int = 8
+    """Prompts from all over the validation text that student and teacher go on from at validation; 0 for none."""
+    prompt_tokens: int = 32
+    new_tokens: int = 32
+    """Generated from each prompt."""
     num_workers: int = 0
     seed: int = 0
     """Of the order of the training windows."""
@@ -253,6 +258,10 @@ class LoggerConfig:
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    layers: bool = True
+    """Training: a table of the layers and histograms of their integers at validation, to layers.jsonl as well."""
+    artifact: bool = False
+    """The model as an artifact of W&B: after training its best checkpoint, after export the folder."""
 
 
 @dataclass
@@ -306,6 +315,7 @@ class ExportConfig:
     workers: int | None = None
     """Threads; null takes every core."""
     progress_bar: bool = True
+    logger: LoggerConfig = field(default_factory=lambda: LoggerConfig(mode=LoggerMode.disabled))
 
 
 @dataclass

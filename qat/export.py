@@ -34,7 +34,7 @@ from qat.config import ExportConfig, Lossless, QuantConfig, to_plain
 from qat.errors import UserError
 from qat.model_card import model_card
 from qat.quant import QATEmbedding, QATLinear, exact_modules, grid, prepare, quantize_weight, quantized_modules
-from qat.report import print_table, track, write_json
+from qat.report import log_to_wandb, print_table, track, write_json
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt", "chat_template*")
 
@@ -150,6 +150,7 @@ def export(config: ExportConfig) -> Path:
         (writer.folder / "README.md").write_text(model_card(source.base, summary, data))
         writer.finish(data, config.overwrite)
     print_report(output, summary, report)
+    log_to_wandb(config.logger, output, "export", summary, {"layers": layer_table(report)}, model=output)
     return output
 
 
@@ -314,7 +315,15 @@ def summarise(report: list[dict[str, Any]]) -> dict[str, Any]:
         "model_bytes": size,
         "model_bits": round(8 * size / everything, 4),
         "fp16_bytes": 2 * everything,
+        "ratio": round(2 * everything / size, 4),
     }
+
+
+def layer_table(report: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[Any]]]:
+    """Columns and rows of the compressed layers."""
+    columns = ("name", "shape", "entropy", "bits", "split", "units", "clipped")
+    coded = [row for row in report if row["kind"] != "plain"]
+    return columns, [[str(row[c]) if c == "shape" else row[c] for c in columns] for row in coded]
 
 
 def parse_size(text: str) -> int:
@@ -336,13 +345,11 @@ def parse_size(text: str) -> int:
 
 def print_report(output: Path, summary: dict[str, Any], report: list[dict[str, Any]]) -> None:
     """Show what was written."""
-    coded = [row for row in report if row["kind"] != "plain"]
-    columns = ("name", "shape", "entropy", "bits", "split", "units", "clipped")
-    shown = coded if len(coded) <= 24 else [*coded[:12], *coded[-12:]]
-    print_table(f"{len(coded)} compressed layers", columns, [[row[c] for c in columns] for row in shown])
-    smaller = summary["fp16_bytes"] / summary["model_bytes"]
+    columns, rows = layer_table(report)
+    shown = rows if len(rows) <= 24 else [*rows[:12], *rows[-12:]]
+    print_table(f"{len(rows)} compressed layers", columns, shown)
     print(
         f"{output}: {summary['bits']:.3f} bits a weight over an entropy of {summary['entropy']:.3f}, every tile "
-        f"verified; {summary['model_bytes'] / 1e6:.1f} MB in all, {smaller:.2f}x smaller "
+        f"verified; {summary['model_bytes'] / 1e6:.1f} MB in all, {summary['ratio']:.2f}x smaller "
         f"than FP16, in {summary['seconds']:.1f} s"
     )

@@ -54,7 +54,8 @@ class _Margins(LogitsProcessor):
         return scores
 
 
-@torch.inference_mode()
+# not inference_mode: what a model keeps (rotary tables) must serve training too
+@torch.no_grad()
 def generate_greedy(
     model: PreTrainedModel,
     prompts: Tensor,

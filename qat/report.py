@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -148,8 +149,9 @@ def log_to_wandb(
     summary: dict[str, Any],
     tables: Mapping[str, tuple[Sequence[str], Iterable[Sequence[Any]]]],
     images: dict[str, Path] | None = None,
+    model: Path | None = None,
 ) -> None:
-    """Log one finished evaluation to W&B as a run of its own; does nothing, and imports nothing, when disabled.
+    """Log one finished job to W&B as a run of its own; does nothing, and imports nothing, when disabled.
 
     Args:
         config: mode, project and so on.
@@ -158,6 +160,8 @@ def log_to_wandb(
         summary: numbers by name; nested dicts become `outer/inner`.
         tables: columns and rows by name.
         images: PNG files by name.
+        model: a folder that the run is about, and that it leaves as it is: W&B's data are kept beside it. With
+            `config.artifact` it becomes an artifact with `summary` as its metadata.
 
     Raises:
         UserError: W&B refuses (nobody is logged in, no such entity). Write the report first.
@@ -175,7 +179,7 @@ def log_to_wandb(
             tags=config.tags,
             job_type=job,
             name=f"{output.resolve().name}-{job}",
-            dir=output,
+            dir=output if model is None else model.resolve().parent,
             config={"environment": environment()},
             settings=wandb.Settings(silent=config.mode is LoggerMode.offline, console="off"),
         )
@@ -189,6 +193,30 @@ def log_to_wandb(
             run.log({name: table})
         for name, path in (images or {}).items():
             run.log({name: wandb.Image(str(path))})
+        if model is not None and config.artifact:
+            log_model(run, model.resolve().name, model, [path for path in model.rglob("*") if path.is_file()], summary)
+
+
+def log_model(run: Any, name: str, folder: Path, files: Iterable[Path], metadata: dict[str, Any]) -> None:
+    """Log files to a run of W&B as an artifact of type model, named as they are in `folder`.
+
+    They are kept with the run, so that an offline one can be sent when the originals are gone: as hard links where
+    that is possible, which cost nothing but must be replaced, not written into.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", name), type="model", metadata=_finite(metadata))
+    kept = Path(run.dir).resolve().parent / "artifact"
+    for file in files:
+        inside = file.relative_to(folder)
+        copy = kept / inside
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copyfile(file, copy)
+        artifact.add_file(str(copy), name=str(inside), policy="immutable", skip_cache=True)
+    run.log_artifact(artifact)
 
 
 def _cell(value: Any) -> str:

@@ -84,6 +84,29 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def wandb_log() -> Callable[[Path], bytes]:
+    """Reads what an offline run of W&B in a folder logged, joined: pieces in blocks of 32 KiB, each behind 7 bytes."""
+
+    def read(folder: Path) -> bytes:
+        import wandb
+
+        # its service writes after a run is finished, too
+        wandb.teardown()
+        (path,) = folder.glob("*.wandb")
+        data, at, joined = path.read_bytes(), 7, b""
+        while at < len(data):
+            left = -at % 32768
+            if 0 < left < 7:
+                at += left
+            length = int.from_bytes(data[at + 4 : at + 6], "little")
+            joined += data[at + 7 : at + 7 + length]
+            at += 7 + length
+        return joined
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def float_case() -> Callable[..., tuple[TileLayout, np.ndarray]]:
     """Makes a layout of floats below 2 with windows here and there, and random bits that fill them, the top most."""
 

@@ -46,6 +46,12 @@ def windows(tokens: np.ndarray, seq_len: int) -> Windows:
     return Windows(tokens, seq_len)
 
 
+def spread_prompts(tokens: np.ndarray, count: int, length: int) -> Tensor:
+    """int64 [count, length]: runs of tokens at evenly spaced positions, from the first to the last that fits."""
+    starts = np.linspace(0, len(tokens) - length, count).astype(np.int64)
+    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+
+
 class RunSampler(Sampler[list[int]]):
     """Micro-batches of one rank; a single pass is the whole run.
 

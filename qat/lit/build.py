@@ -1,7 +1,7 @@
 """From a TrainConfig to a finished run: folder, data, module, trainer, fit.
 
 A run folder holds checkpoints/{last,best}.ckpt, hf/ (config, generation config and tokenizer of the base model),
-config.yaml and metrics.jsonl. A resumed run goes on in its own folder.
+config.yaml, metrics.jsonl and layers.jsonl. A resumed run goes on in its own folder.
 """
 
 import logging
@@ -23,9 +23,10 @@ from qat.checkpoint import read_checkpoint
 from qat.cli import run_dir
 from qat.config import Hold, RatePrice, ScaleRule, TrainConfig, to_plain
 from qat.errors import UserError
-from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, QuantStatistics, TrainMetrics
+from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, TrainMetrics
 from qat.lit.data import TextDataModule, accumulate_grad_batches
-from qat.lit.loggers import build_loggers, finish_loggers
+from qat.lit.figures import FirstDivergence, QuantStatistics
+from qat.lit.loggers import build_loggers, finish_loggers, log_checkpoint
 from qat.lit.module import QATModule
 from qat.lit.rate import RateControl
 from qat.lit.start import Start, uses_start
@@ -53,9 +54,7 @@ def train(config: TrainConfig) -> Path:
     run = _run_folder(config)
     trainer = build_trainer(config, run)
     model_config = load_config(config.model.path, config.model.revision)
-    longest = getattr(model_config, "max_position_embeddings", None)
-    if longest is not None and config.data.seq_len > longest:
-        raise UserError(f"data.seq_len={config.data.seq_len}, but the model takes at most {longest} tokens")
+    _check_context(config, getattr(model_config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     data = TextDataModule(config.data, tokenizer, config.paths.cache, config.trainer.progress_bar)
     module = QATModule(to_plain(config))
@@ -66,6 +65,8 @@ def train(config: TrainConfig) -> Path:
     trainer.loggers = build_loggers(config, run)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=config.trainer.resume, weights_only=True)
+        if trainer.is_global_zero:
+            log_checkpoint(config, run)
     except Interrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None
     except SystemExit:
@@ -96,12 +97,31 @@ def check_config(config: TrainConfig) -> None:
     for key in ("max_steps", "valid_every", "checkpoint_every", "log_every"):
         value = getattr(trainer, key)
         checks[f"trainer.{key}={value}: must be at least 1"] = value >= 1
+    for key, least in {"valid_prompts": 0, "prompt_tokens": 1, "new_tokens": 1}.items():
+        value = getattr(config.data, key)
+        checks[f"data.{key}={value}: must be at least {least}"] = value >= least
     checks |= _rate_checks(config)
     for message, fine in checks.items():
         if not fine:
             raise UserError(message)
     if trainer.resume:
         _check_resume(config)
+
+
+def _check_context(config: TrainConfig, longest: int | None) -> None:
+    data = config.data
+    lengths = {f"data.seq_len={data.seq_len}": data.seq_len}
+    if generates(config):
+        together = f"data.prompt_tokens={data.prompt_tokens} and data.new_tokens={data.new_tokens}"
+        lengths[together] = data.prompt_tokens + data.new_tokens
+    for keys, length in lengths.items():
+        if longest is not None and length > longest:
+            raise UserError(f"{keys}, but the model takes at most {longest} tokens")
+
+
+def generates(config: TrainConfig) -> bool:
+    """Whether student and teacher generate at validation."""
+    return config.loss.kl > 0 and config.data.valid_prompts > 0
 
 
 def uses_rate(config: TrainConfig) -> bool:
@@ -174,10 +194,11 @@ def build_trainer(config: TrainConfig, run: Path) -> pl.Trainer:
             enable_progress_bar=trainer_config.progress_bar,
             callbacks=[
                 TrainMetrics(trainer_config.log_every),
-                QuantStatistics(),
                 *([Start(config)] if uses_start(config) else []),
-                # after what reads the step's figures, before what saves them
+                # after what reads the step's figures, before what reports and saves its own
                 *([RateControl(config)] if uses_rate(config) else []),
+                QuantStatistics(config.logger.layers),
+                *([FirstDivergence(config.data)] if generates(config) else []),
                 Checkpoints(
                     run / "checkpoints",
                     trainer_config.checkpoint_every,

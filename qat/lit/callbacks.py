@@ -1,4 +1,4 @@
-"""What happens beside the gradient steps: checkpoints, metrics of training, figures of the integers."""
+"""What happens beside the gradient steps: checkpoints and metrics of training."""
 
 import math
 import os
@@ -9,14 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from qat.lit.module import QATModule
-from qat.quant import quantized_modules, weight_statistics
 
 
 def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -30,10 +28,19 @@ class TrainMetrics(pl.Callback):
     def __init__(self, every: int):
         """Args: every: optimiser steps."""
         self.every = every
+        self._paused: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
         self._since = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Leave a validation, and what callbacks do behind it, out."""
+        if self._paused is not None:
+            self._since += time.perf_counter() - self._paused
+            self._paused = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
@@ -55,30 +62,6 @@ class TrainMetrics(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop the clock."""
         self._paused = time.perf_counter()
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Leave the validation out."""
-        self._since += time.perf_counter() - self._paused
-
-
-class QuantStatistics(pl.Callback):
-    """Writes quant/entropy (bits a weight) and quant/clipped_fraction, over all quantised weights, at validation."""
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Quantise every weight once, tied ones once."""
-        assert isinstance(module, QATModule)
-        if not trainer.is_global_zero:
-            return
-        modules = {id(m.weight): m for m in quantized_modules(module.model).values()}
-        if modules:
-            sizes = [m.weight.numel() for m in modules.values()]
-            figures = [weight_statistics(m) for m in modules.values()]
-            module.write_metrics(
-                {
-                    f"quant/{key}": float(np.average([f[key] for f in figures], weights=sizes))
-                    for key in ("entropy", "clipped_fraction")
-                }
-            )
 
 
 class Interrupted(Exception):

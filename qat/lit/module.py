@@ -72,6 +72,11 @@ class QATModule(pl.LightningModule):
         return self.config.quant.enabled and self.global_step >= self.config.quant.start_step
 
     @property
+    def teacher(self) -> PreTrainedModel | None:
+        """In eval mode; None where the loss has no use for one, and before `setup`."""
+        return self._teacher[0] if self._teacher else None
+
+    @property
     def monitor(self) -> str:
         """The metric, lower is better, that makes a checkpoint the best."""
         return "val/kl" if self.config.loss.kl else "val/ce"

@@ -9,7 +9,7 @@ from torch import Tensor
 from qat.config import RatePrice, TrainConfig
 from qat.lit.module import QATModule
 from qat.quant import freeze, settle
-from qat.quant.container import container_overhead
+from qat.quant.container import overhead_bits
 from qat.quant.control import BitsController, freeze_step
 from qat.quant.rate import RateTerm
 
@@ -138,5 +138,7 @@ class RateControl(pl.Callback):
 
     def _container(self, term: RateTerm) -> float:
         """Stored bits a weight, with the overhead measured anew."""
-        self.overhead = container_overhead(term.modules, self.config.profile.value, self.config.panels)
+        bits = overhead_bits(term.modules, self.config.profile.value, self.config.panels)
+        term.overheads = {name: bits[name] / module.weight.numel() for name, module in term.modules.items()}
+        self.overhead = sum(bits.values()) / term.weights
         return term.entropy() + self.overhead

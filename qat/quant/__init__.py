@@ -14,7 +14,7 @@ from qat.quant.convert import (
 )
 from qat.quant.fake_quant import fake_quantize, quantize
 from qat.quant.modules import QATEmbedding, QATLinear
-from qat.quant.rate import clipped_fraction, entropy, weight_statistics
+from qat.quant.rate import clipped_fraction, distinct_weights, entropy, weight_statistics
 from qat.quant.scales import grid, weight_scale
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_config",
     "clipped_fraction",
     "convert",
+    "distinct_weights",
     "entropy",
     "exact_modules",
     "fake_quantize",

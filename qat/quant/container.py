@@ -18,17 +18,22 @@ from qat.quant.rate import integer_shares
 from qat.quant.scales import weight_scale
 
 
-@torch.no_grad()
 def container_overhead(modules: Mapping[str, QATModule], profile: str, panels: int) -> float:
-    """Stored bits less entropy, in bits a weight over all tensors.
+    """Stored bits less entropy, in bits a weight over all tensors; arguments as `overhead_bits`."""
+    weights = sum(module.weight.numel() for module in modules.values())
+    return sum(overhead_bits(modules, profile, panels).values()) / weights
+
+
+@torch.no_grad()
+def overhead_bits(modules: Mapping[str, QATModule], profile: str, panels: int) -> dict[str, float]:
+    """Stored bits less entropy of every tensor, in bits.
 
     Args:
         modules: fake-quantising layers; layers that share a weight must be there once.
         profile: compact, fast or auto, of the export.
         panels: of 16 rows, spread evenly, that are coded of a tensor; if it has no more, the result is exact.
     """
-    weights = sum(module.weight.numel() for module in modules.values())
-    return sum(_overhead_bits(module, profile, panels) for module in modules.values()) / weights
+    return {name: _overhead_bits(module, profile, panels) for name, module in modules.items()}
 
 
 def _overhead_bits(module: QATModule, profile: str, panels: int) -> float:

@@ -14,7 +14,7 @@ the clip a weight is charged what the clip costs, and gets no gradient.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rans_kernels.dense import expand_scale
@@ -30,6 +30,8 @@ from qat.quant.scales import block_sums, grid, weight_scale
 DEAREST = 12.0
 """Bits of an integer that has one slot of the largest table, 2^12."""
 
+M = TypeVar("M", bound=QATModule)
+
 # of the logistic distribution, below which its bins would leave the range of exp
 MIN_SPREAD = 0.05
 
@@ -44,12 +46,12 @@ def clipped_fraction(q: Tensor, qmax: int) -> float:
     return float((q.abs() == qmax).double().mean())
 
 
-def weight_statistics(module: QATModule) -> dict[str, float]:
+def weight_statistics(module: QATModule) -> dict[str, Any]:
     """Figures to log of a fake-quantising layer.
 
     Returns:
-        `entropy` (bits a weight), `clipped_fraction`, and `scale_p05`, `scale_p50`, `scale_p95` (percentiles of its
-        scales, nearest rank).
+        `entropy` (bits a weight), `clipped_fraction`, `scale_p05`, `scale_p50`, `scale_p95` (percentiles of its
+        scales, nearest rank), and `counts`, how often each integer from -qmax to qmax occurs, a list.
 
     Raises:
         UserError: the weight is not finite.
@@ -58,15 +60,25 @@ def weight_statistics(module: QATModule) -> dict[str, float]:
     qmax, _ = grid(module.quant_config)
     ranked = scale.flatten().sort().values
     percentiles = {f"scale_p{p:02d}": float(ranked[round(p / 100 * (len(ranked) - 1))]) for p in (5, 50, 95)}
-    return {"entropy": entropy(q), "clipped_fraction": clipped_fraction(q, qmax), **percentiles}
+    counts = integer_counts(q)
+    return {
+        "entropy": float(share_entropy(counts.double() / q.numel())),
+        "clipped_fraction": clipped_fraction(q, qmax),
+        **percentiles,
+        "counts": counts[128 - qmax : 129 + qmax].tolist(),
+    }
+
+
+def integer_counts(q: Tensor) -> Tensor:
+    """How often every integer from -128 to 127 occurs in q, int8 of any shape: int64 [256] on its device."""
+    # not bincount, which makes the host wait for the GPU
+    places = q.reshape(-1).long() + 128
+    return torch.zeros(256, dtype=torch.int64, device=q.device).scatter_add_(0, places, torch.ones_like(places))
 
 
 def integer_shares(q: Tensor) -> Tensor:
     """Share of every integer from -128 to 127 among q, int8 of any shape: float64 [256] on its device."""
-    # not bincount, which makes the host wait for the GPU
-    places = q.reshape(-1).long() + 128
-    counts = torch.zeros(256, dtype=torch.int64, device=q.device).scatter_add_(0, places, torch.ones_like(places))
-    return counts.double() / q.numel()
+    return integer_counts(q).double() / q.numel()
 
 
 def share_entropy(shares: Tensor) -> Tensor:
@@ -160,6 +172,14 @@ def prior_bits(
     return nats.sum() / math.log(2)
 
 
+def distinct_weights(modules: Mapping[str, M]) -> dict[str, M]:
+    """Of layers by name that share a weight, the first."""
+    owners: dict[int, str] = {}
+    for name, module in modules.items():
+        owners.setdefault(id(module.weight), name)
+    return {name: modules[name] for name in owners.values()}
+
+
 class RateTerm:
     """The mean price of a model's quantised weights, and the histograms it rests on.
 
@@ -174,12 +194,11 @@ class RateTerm:
             config: which price, and how long histograms remember.
             compile: fuse the price of a tensor into one pass (torch.compile).
         """
-        owners: dict[int, str] = {}
-        for name, module in modules.items():
-            owners.setdefault(id(module.weight), name)
-        self.modules = {name: modules[name] for name in owners.values()}
+        self.modules = distinct_weights(modules)
         self.weights = sum(module.weight.numel() for module in self.modules.values())
         self.shares: dict[str, Tensor] = {}
+        # what the container adds to a weight's entropy, in bits, where somebody has measured it
+        self.overheads: dict[str, float] = {}
         # what prices rest on, from the histograms as they are; made when first asked for
         self._about: dict[str, Tensor] = {}
         self.config = config

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.data import RunSampler, windows
+from qat.data import RunSampler, spread_prompts, windows
 from qat.errors import UserError
 
 
@@ -66,3 +66,11 @@ def test_order_is_pinned():
 def test_seeds_and_epochs_differ():
     a, b = (list(RunSampler(100, steps=2, batch_size=100, micro_batch_size=100, seed=s)) for s in (0, 1))
     assert len({tuple(order) for order in a + b}) == 4
+
+
+@pytest.mark.parametrize("count, length", [(1, 5), (3, 5), (4, 63), (2, 1)])
+def test_prompts_span_the_text(count, length):
+    prompts = spread_prompts(np.arange(63, dtype=np.uint16), count, length)
+    assert prompts.shape == (count, length) and prompts.dtype == torch.int64
+    assert torch.equal(prompts, prompts[:, :1] + torch.arange(length))
+    assert prompts[0, 0] == 0 and (count == 1 or prompts[-1, -1] == 62)

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,19 @@ def test_offline_logging_leaves_a_run_in_the_output_folder(tmp_path: Path, no_ne
     table = (["layer", "bits"], [["a", 3], ["b", "none"]])
     log_to_wandb(LoggerConfig(), tmp_path, "job", {"a": {"b": 1.5}}, {"layers": table})
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+@pytest.mark.parametrize("artifact", [False, True])
+def test_a_model_is_logged_from_beside_it_and_only_if_wanted(
+    tmp_path: Path, no_network: None, wandb_log: Callable[[Path], bytes], artifact: bool
+) -> None:
+    model = tmp_path / "my model"
+    (model / "inner").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "inner" / "weights").write_bytes(bytes(63))
+    log_to_wandb(LoggerConfig(artifact=artifact), model, "export", {"bits": 3.5}, {}, model=model)
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    kept = {str(path.relative_to(run / "artifact")) for path in run.glob("artifact/**/*") if path.is_file()}
+    assert kept == ({"config.json", "inner/weights"} if artifact else set())
+    assert {path.name for path in model.iterdir()} == {"config.json", "inner"}
+    assert (b"inner/weights" in wandb_log(run)) == artifact

@@ -16,7 +16,7 @@ from rans_kernels.checkpoint import iterate_weights
 from rans_kernels.format import FormatError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.config import Granularity, Profile, QuantConfig, ScaleRule, from_plain
+from qat.config import Granularity, LoggerConfig, Profile, QuantConfig, ScaleRule, from_plain
 from qat.errors import UserError
 from qat.export import parse_size
 from qat.quant import prepare
@@ -222,3 +222,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, monkey
         run(tiny_llama(), tmp_path / "out")
     assert error.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_and_folder_go_to_wandb_and_leave_the_folder_as_it_is(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    plain = run(tiny_llama(), tmp_path / "plain")
+    assert not (tmp_path / "wandb").exists()
+    logged = run(tiny_llama(), tmp_path / "logged", logger=LoggerConfig(artifact=True))
+    files = {path.name for path in plain.iterdir()}
+    assert {path.name for path in logged.iterdir()} == files
+    (offline,) = tmp_path.glob("wandb/offline-run-*")
+    assert {path.name for path in (offline / "artifact").iterdir()} == files
+    rans_kernels.load(offline / "artifact")
+    (table,) = offline.glob("files/media/table/layers_*.table.json")
+    layers = json.loads((logged / "export_report.json").read_text())["layers"]
+    assert len(json.loads(table.read_text())["data"]) == sum(row["kind"] != "plain" for row in layers)

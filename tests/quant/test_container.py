@@ -8,7 +8,7 @@ from torch import nn
 
 from qat.config import QuantConfig, ScaleRule
 from qat.quant import prepare, weight_scale, weight_statistics
-from qat.quant.container import container_overhead
+from qat.quant.container import container_overhead, overhead_bits
 from qat.quant.modules import QATModule
 
 
@@ -43,3 +43,6 @@ def test_a_sample_tells_the_stored_bits_to_a_hundredth(profile: str) -> None:
     entropies = [weight_statistics(layer)["entropy"] for layer in layers.values()]
     entropy = sum(bits * n for bits, n in zip(entropies, sizes, strict=True)) / sum(sizes)
     assert entropy + container_overhead(layers, profile, panels=4) == pytest.approx(exact, abs=0.01)
+    for name, bits in overhead_bits(layers, profile, panels=4).items():
+        alone = weight_statistics(layers[name])["entropy"] + bits / layers[name].weight.numel()
+        assert alone == pytest.approx(stored_bits(layers[name], profile), abs=0.015)

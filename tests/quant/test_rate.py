@@ -48,6 +48,8 @@ def test_statistics_of_a_layer():
     assert figures["clipped_fraction"] == pytest.approx(1 / 101)
     ranks = {"scale_p05": 2, "scale_p50": 11, "scale_p95": 20}
     assert {key: figures[key] for key in ranks} == pytest.approx({key: rank / 3 for key, rank in ranks.items()})
+    # -3 to 3: of 101 weights a row one is 3, one -2, the others 0
+    assert figures["counts"] == [0, 21, 0, 21 * 99, 0, 0, 21]
 
 
 def gaussian_layer(step: float, rows: int = 64, columns: int = 1024) -> nn.Linear:

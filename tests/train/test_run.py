@@ -73,8 +73,9 @@ def state(folder: Path, name: str = "last") -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """By step, without the clock."""
+    """By step, of which each has one line, without the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == len(lines)
     return {line["step"]: {k: v for k, v in line.items() if k != "tokens/s"} for line in lines}
 
 
@@ -95,13 +96,14 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, optimiser, schedule and callbacks equal to the bit, best and last; metrics too."""
+    """Weights, optimiser, schedule and callbacks equal to the bit, best and last; metrics and figures of layers too."""
     for name in ("last", "best"):
         a, b = state(one, name), state(other, name)
         assert a["global_step"] == b["global_step"]
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
             assert_same(a[key], b[key])
     assert metrics(one) == metrics(other)
+    assert (one / "layers.jsonl").read_bytes() == (other / "layers.jsonl").read_bytes()
 
 
 # mid-accumulation, after a step, before and after a validation, before quantisation starts
@@ -244,6 +246,7 @@ def test_a_run_leaves_all_that_is_needed_to_use_it(make_config: MakeConfig, unbr
         "hf/generation_config.json",
         "hf/tokenizer.json",
         "hf/tokenizer_config.json",
+        "layers.jsonl",
         "metrics.jsonl",
     }
     assert (unbroken.parent / "latest").resolve() == unbroken.resolve()
@@ -258,7 +261,8 @@ def test_every_step_has_one_line_of_metrics(unbroken: Path) -> None:
     lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     train = {"step", "train/loss", "train/kl", "train/ce", "lr", "tokens/s"}
-    valid = {"val/ce", "val/ppl", "val/kl", "val/top1", "quant/entropy", "quant/clipped_fraction"}
+    valid = {f"val/{key}" for key in ("ce", "ppl", "kl", "top1", "first_divergence", "identical")}
+    valid |= {"quant/entropy", "quant/clipped_fraction"}
     assert all(set(line) == (train | valid if line["step"] % 2 == 0 else train) for line in lines)
     assert all(0 < line["quant/entropy"] < 8 for line in lines[1::2])
 
