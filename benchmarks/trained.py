@@ -85,7 +85,8 @@ class Training:
         return [
             *RECIPES[name], *bits, f"model.path={self.model}", f"data.train=[{','.join(self.texts)}]",
             f"data.valid={self.valid}", f"data.seq_len={self.seq_len}", f"data.batch_size={self.batch}",
-            f"data.micro_batch_size={self.micro_batch}", "data.valid_windows=64", "loss.chunk_tokens=8192",
+            f"data.micro_batch_size={self.micro_batch}", "data.valid_windows=64", "data.valid_prompts=0",
+            "logger.layers=false", "loss.chunk_tokens=8192",
             f"trainer.max_steps={self.steps}", f"trainer.valid_every={every}", "trainer.log_every=20",
             f"trainer.checkpoint_every={self.steps}", "trainer.progress_bar=false", "logger=disabled",
             f"trainer.accelerator={self.accelerator}", f"paths.cache={self.cache}", f"paths.output_root={output}",

@@ -106,7 +106,8 @@ class QATModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Compile what is called below, in place; only now, since preparing the model looks into its blocks."""
         if self.config.model.compile:
-            self.model.base_model.compile()
+            for model in (self.model, *self._teacher):
+                model.base_model.compile()
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for trainer.validate; fake quantisation as at this step."""
@@ -145,8 +146,9 @@ class QATModule(pl.LightningModule):
         return result.loss + accumulate * self.rate_weight * self.rate_term.bits()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add a batch to the sums over all validation tokens."""
-        hidden, teacher_hidden, targets = self._hidden(batch)
+        """Add a batch to the sums over all validation tokens; not compiled, for which once more would be needed."""
+        with torch.compiler.set_stance("force_eager"):
+            hidden, teacher_hidden, targets = self._hidden(batch)
         teacher_head = self._teacher_head if self._teacher else None
         chunk_tokens = self.config.loss.chunk_tokens
         self._valid_sums += token_sums(hidden, teacher_hidden, self._student_head, teacher_head, targets, chunk_tokens)
