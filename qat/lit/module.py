@@ -90,8 +90,13 @@ class QATModule(pl.LightningModule):
             self._teacher = [teacher.requires_grad_(False)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Whether the last batch of the checkpoint is the last of the run is for this run's max_steps to say."""
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        """Count as this run does: its max_steps say which batch is the last, its devices how many make a step."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = False
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            ahead = done - counts["ready"]
+            counts.update({key: count + ahead for key, count in counts.items()})
 
     def on_fit_start(self) -> None:
         """Put the teacher where the student is."""
