@@ -65,10 +65,8 @@ class QuantStatistics(pl.Callback):
     """Writes quant/entropy (bits a weight) and quant/clipped_fraction, over all quantised weights, at validation."""
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Quantise every weight once, tied ones once."""
+        """Quantise every weight once, tied ones once; in every process, since all may hold a part."""
         assert isinstance(module, QATModule)
-        if not trainer.is_global_zero:
-            return
         modules = {id(m.weight): m for m in quantized_modules(module.model).values()}
         if modules:
             sizes = [m.weight.numel() for m in modules.values()]
