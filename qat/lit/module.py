@@ -143,8 +143,8 @@ class QATModule(pl.LightningModule):
         if self.rate_term is None or not self.rate_weight or batch_idx % accumulate:
             return result.loss
         if isinstance(self, FSDPModule):
-            # see on_before_optimizer_step
-            return result.loss
+            # the price: see on_before_optimizer_step. No view of the sums: fsdp puts a hook on what is returned
+            return result.loss.clone()
         # the same for every micro-batch: once a step, and lightning divides by their number
         return result.loss + accumulate * self.rate_weight * self.rate_term.bits()
 
