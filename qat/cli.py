@@ -33,9 +33,14 @@ def entry_point(config_name: str, task: Callable[[Any], Any]) -> None:
     register_schemas()
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     failures: list[int] = []
+    here = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)
     def run(config: Any) -> None:
+        if os.getpid() != here:
+            # a launcher's process: hydra takes to the sweep's own what a job raises
+            task(to_config(config))
+            return
         # caught here too, because hydra adds lines of its own to what leaves a job
         failures.append(_exit_code(lambda: task(to_config(config)), full))
 
@@ -78,6 +83,8 @@ def one_line(error: BaseException) -> str:
         elif text and not text.startswith(NOISE):
             words.append(text)
     said = "; ".join(word.rstrip(".:") for word in words)
+    if "hydra/launcher/submitit" in said:
+        said += ", which pip install 'codecllm[sweep]' brings"
     return said if key in said else f"{key}: {said}"
 
 

@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qat.checkpoint import read_checkpoint
 from qat.cli import run_dir
-from qat.config import Hold, RatePrice, ScaleRule, TrainConfig, to_plain
+from qat.config import Granularity, Hold, RatePrice, ScaleRule, TrainConfig, to_plain
 from qat.errors import UserError
 from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, TrainMetrics
 from qat.lit.data import TextDataModule, accumulate_grad_batches
@@ -29,6 +29,7 @@ from qat.lit.figures import FirstDivergence, QuantStatistics
 from qat.lit.loggers import build_loggers, finish_loggers, log_checkpoint
 from qat.lit.module import QATModule
 from qat.lit.rate import RateControl
+from qat.lit.sharded import ShardedStrategy
 from qat.lit.start import Start, uses_start
 from qat.model import load_config, load_tokenizer
 from qat.quant import quantized_modules
@@ -89,7 +90,11 @@ def check_config(config: TrainConfig) -> None:
         f"trainer.precision={trainer.precision}: must be auto, 32-true or bf16-mixed": (
             trainer.precision in ("auto", "32-true", "bf16-mixed")
         ),
-        f"trainer.strategy={trainer.strategy}: must be auto or ddp": trainer.strategy in ("auto", "ddp"),
+        f"trainer.strategy={trainer.strategy}: must be auto, ddp or fsdp": trainer.strategy in ("auto", "ddp", "fsdp"),
+        "model.compile=true: not with trainer.strategy=fsdp": not config.model.compile or trainer.strategy != "fsdp",
+        "quant.granularity=per_tensor: not with trainer.strategy=fsdp, which spreads rows": (
+            not quant.enabled or quant.granularity is not Granularity.per_tensor or trainer.strategy != "fsdp"
+        ),
         f"quant.start_step={quant.start_step}: must be below trainer.max_steps={trainer.max_steps}": (
             not quant.enabled or quant.start_step < trainer.max_steps
         ),
@@ -120,8 +125,8 @@ def _check_context(config: TrainConfig, longest: int | None) -> None:
 
 
 def generates(config: TrainConfig) -> bool:
-    """Whether student and teacher generate at validation."""
-    return config.loss.kl > 0 and config.data.valid_prompts > 0
+    """Whether student and teacher generate at validation: not where one process has not the whole of them."""
+    return config.loss.kl > 0 and config.data.valid_prompts > 0 and config.trainer.strategy != "fsdp"
 
 
 def uses_rate(config: TrainConfig) -> bool:
@@ -183,7 +188,7 @@ def build_trainer(config: TrainConfig, run: Path) -> pl.Trainer:
             accelerator=trainer_config.accelerator,
             devices=trainer_config.devices,
             num_nodes=trainer_config.num_nodes,
-            strategy=trainer_config.strategy,
+            strategy=ShardedStrategy() if trainer_config.strategy == "fsdp" else trainer_config.strategy,
             precision=_precision(config),  # type: ignore[arg-type]
             max_steps=trainer_config.max_steps,
             max_epochs=1,

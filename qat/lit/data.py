@@ -122,7 +122,8 @@ class TextDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         """This rank's share of the first `valid_windows` windows: none is left out, none comes twice.
 
-        Shares differ by one window at most, and every rank has as many batches, of nearly equal size. For an exact mean
+        Shares differ by one window at most, and every rank has as many batches, of nearly equal size; where
+        micro-batches are of one window some have two. For an exact mean
         add up losses and tokens over ranks: `self.log(..., sync_dist=True)` averages batch sizes as integers.
 
         Raises:
@@ -132,9 +133,9 @@ class TextDataModule(pl.LightningDataModule):
         count = min(len(self.valid_windows), self.config.valid_windows or len(self.valid_windows))
         if count < ranks:
             raise UserError(f"{count} validation windows are too few for {ranks} devices")
-        batches = ceil(ceil(count / ranks) / self.config.micro_batch_size)
-        # with micro-batches of one window the smaller shares end a batch earlier
-        shares = [part.tolist() for part in np.array_split(np.arange(rank, count, ranks), batches) if len(part)]
+        # no more than the smallest share has windows: sharded models wait for one another in every batch
+        batches = min(ceil(ceil(count / ranks) / self.config.micro_batch_size), count // ranks)
+        shares = [part.tolist() for part in np.array_split(np.arange(rank, count, ranks), batches)]
         return DataLoader(self.valid_windows, batch_sampler=shares, **self._loader_options())
 
     def _tokens(self, sources: Any) -> np.memmap:

@@ -29,13 +29,13 @@ class QuantStatistics(pl.Callback):
         self.layers = layers
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Quantise every weight once, tied ones once."""
+        """Quantise every weight once, tied ones once; in every process, since all may hold a part."""
         assert isinstance(module, QATModule)
         layers = distinct_weights(quantized_modules(module.model))
-        if not trainer.is_global_zero or not layers:
-            return
         overheads = module.rate_term.overheads if module.rate_term else {}
         rows = [_layer_row(name, layer, overheads.get(name)) for name, layer in layers.items()]
+        if not trainer.is_global_zero or not rows:
+            return
         sizes = [row["weights"] for row in rows]
         keys = ("entropy", "clipped_fraction")
         module.write_metrics({f"quant/{k}": float(np.average([row[k] for row in rows], weights=sizes)) for k in keys})
@@ -73,13 +73,13 @@ class FirstDivergence(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Generate on rank zero; the teacher once."""
         assert isinstance(module, QATModule)
-        if not trainer.is_global_zero or module.teacher is None:
+        if not trainer.is_global_zero or not module.teacher:
             return
         new_tokens = self.config.new_tokens
         # compiled for windows, the network would be compiled anew for every length
         with trainer.precision_plugin.val_step_context(), torch.compiler.set_stance("force_eager"):
             if self._expected is None:
-                self._expected, _ = generate_greedy(module.teacher, self._prompts, new_tokens)
+                self._expected, _ = generate_greedy(module.teacher[0], self._prompts, new_tokens)
             tokens, _ = generate_greedy(module.model, self._prompts, new_tokens)
         first = first_divergence(self._expected, tokens).double()
         identical = (first == new_tokens).double()

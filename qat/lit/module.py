@@ -12,7 +12,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_utils import PreTrainedModel
 
@@ -61,8 +62,8 @@ class QATModule(pl.LightningModule):
         """Of the last micro-batch, in nats, on its device."""
         self.start_kl: float | None = None
         """Before the first step, if the callback Start has measured it."""
-        # in a list, lest it becomes a submodule
-        self._teacher: list[PreTrainedModel] = []
+        self.teacher: list[PreTrainedModel] = []
+        """None or one; in a list, lest it becomes a submodule."""
         self._train_sums = torch.zeros(4)
         self._valid_sums = torch.zeros(4, dtype=torch.float64)
 
@@ -70,11 +71,6 @@ class QATModule(pl.LightningModule):
     def fake_quant_on(self) -> bool:
         """True from optimiser step quant.start_step on."""
         return self.config.quant.enabled and self.global_step >= self.config.quant.start_step
-
-    @property
-    def teacher(self) -> PreTrainedModel | None:
-        """In eval mode; None where the loss has no use for one, and before `setup`."""
-        return self._teacher[0] if self._teacher else None
 
     @property
     def monitor(self) -> str:
@@ -89,24 +85,29 @@ class QATModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the teacher, in the compute dtype, unless the loss has no use for one."""
-        if self.config.loss.kl and not self._teacher:
+        if self.config.loss.kl and not self.teacher:
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
             teacher = load_model(self.config.model.path, dtype, self.config.model.revision)
-            self._teacher = [teacher.requires_grad_(False)]
+            self.teacher = [teacher.requires_grad_(False)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Whether the last batch of the checkpoint is the last of the run is for this run's max_steps to say."""
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        """Count as this run does: its max_steps say which batch is the last, its devices how many make a step."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = False
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            ahead = done - counts["ready"]
+            counts.update({key: count + ahead for key, count in counts.items()})
 
     def on_fit_start(self) -> None:
         """Put the teacher where the student is."""
-        for teacher in self._teacher:
+        for teacher in self.teacher:
             teacher.to(self.device)  # type: ignore[arg-type]
 
     def on_train_start(self) -> None:
         """Compile what is called below, in place; only now, since preparing the model looks into its blocks."""
         if self.config.model.compile:
-            for model in (self.model, *self._teacher):
+            for model in (self.model, *self.teacher):
                 model.base_model.compile()
 
     def on_validation_start(self) -> None:
@@ -129,7 +130,7 @@ class QATModule(pl.LightningModule):
             hidden,
             teacher_hidden,
             self._student_head,
-            self._teacher_head if self._teacher else None,
+            self._teacher_head if self.teacher else None,
             targets,
             kl_weight=loss.kl,
             ce_weight=loss.ce,
@@ -142,14 +143,22 @@ class QATModule(pl.LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         if self.rate_term is None or not self.rate_weight or batch_idx % accumulate:
             return result.loss
+        if isinstance(self, FSDPModule):
+            # the price: see on_before_optimizer_step. No view of the sums: fsdp puts a hook on what is returned
+            return result.loss.clone()
         # the same for every micro-batch: once a step, and lightning divides by their number
         return result.loss + accumulate * self.rate_weight * self.rate_term.bits()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Where weights are sharded, add the gradient of the price: of each process' own rows, behind the reduction."""
+        if isinstance(self, FSDPModule) and self.rate_term is not None and self.rate_weight:
+            (self.rate_weight * self.rate_term.bits()).backward()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the sums over all validation tokens; not compiled, for which once more would be needed."""
         with torch.compiler.set_stance("force_eager"):
             hidden, teacher_hidden, targets = self._hidden(batch)
-        teacher_head = self._teacher_head if self._teacher else None
+        teacher_head = self._teacher_head if self.teacher else None
         chunk_tokens = self.config.loss.chunk_tokens
         self._valid_sums += token_sums(hidden, teacher_hidden, self._student_head, teacher_head, targets, chunk_tokens)
 
@@ -163,7 +172,7 @@ class QATModule(pl.LightningModule):
         ce /= tokens
         self.check_finite(ce)
         metrics = {"val/ce": ce, "val/ppl": math.exp(min(ce, 700.0))}
-        if self._teacher:
+        if self.teacher:
             metrics |= {"val/kl": kl / tokens, "val/top1": agree / tokens}
         self.log_dict(metrics, logger=False, prog_bar=True, sync_dist=True)
         self.write_metrics(metrics)
@@ -219,7 +228,7 @@ class QATModule(pl.LightningModule):
         ids, targets = batch[:, :-1], batch[:, 1:]
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         teacher_hidden = None
-        for teacher in self._teacher:
+        for teacher in self.teacher:
             with torch.no_grad():
                 teacher_hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return hidden, teacher_hidden, targets
@@ -228,7 +237,7 @@ class QATModule(pl.LightningModule):
         return output_logits(self.model, hidden)
 
     def _teacher_head(self, hidden: Tensor) -> Tensor:
-        return output_logits(self._teacher[0], hidden)
+        return output_logits(self.teacher[0], hidden)
 
     def _over_ranks(self, sums: Tensor) -> list[float]:
         if self.trainer.world_size > 1:

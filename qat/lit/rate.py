@@ -72,7 +72,8 @@ class RateControl(pl.Callback):
         """After an optimiser step: measure if it is time, freeze if it is time, and keep frozen integers."""
         assert isinstance(module, QATModule)
         if module.rate_term is not None and self.config.weight is None:
-            self._kl = module.last_kl + self._kl
+            # over all processes at once: a checkpoint holds the state of the first
+            self._kl = trainer.strategy.reduce(module.last_kl, reduce_op="mean") + self._kl
             self._micro_batches += 1
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -112,12 +113,12 @@ class RateControl(pl.Callback):
             term.shift(self.controller.octaves)
 
     def _take_kl(self, module: QATModule) -> float | None:
-        """Mean divergence since the last histogram, over all ranks; at the start that of the prepared model."""
+        """Mean divergence since the last histogram; at the start that of the prepared model."""
         if not self._micro_batches:
             return module.start_kl
-        kl = torch.as_tensor(self._kl / self._micro_batches, device=module.device)
+        kl = float(self._kl / self._micro_batches)
         self._kl, self._micro_batches = 0.0, 0
-        return float(module.trainer.strategy.reduce(kl, reduce_op="mean"))
+        return kl
 
     def _freeze(self, module: QATModule) -> None:
         if module.rate_term is not None and self.config.target_bits is not None:

@@ -33,13 +33,14 @@ class Start(pl.Callback):
         self.config = config
 
     @torch.no_grad()
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Prepare, unless there was a step already."""
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Prepare a run that begins; already here, since a strategy may shard the model next."""
         assert isinstance(module, QATModule)
-        if module.global_step:
+        if self.config.trainer.resume:
             return
-        quant, model = self.config.quant, module.model
-        batches = [batch.to(module.device) for batch in self._windows(trainer)]
+        quant, model, device = self.config.quant, module.model, trainer.strategy.root_device
+        module.to(device)
+        batches = [batch.to(device) for batch in self._windows(trainer)]
         model.eval()
         set_fake_quant(model, False)
         layers = _in_blocks(model)
@@ -55,11 +56,18 @@ class Start(pl.Callback):
             # kernels need not add in the same order everywhere
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
-        set_fake_quant(model, module.fake_quant_on)
-        if self.config.loss.kl:
-            module.start_kl = module.divergence(batches)
-            module.write_metrics({"start/kl": module.start_kl})
         model.train()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure what a run begins with."""
+        assert isinstance(module, QATModule)
+        if module.global_step or not self.config.loss.kl:
+            return
+        set_fake_quant(module.model, module.fake_quant_on)
+        module.model.eval()
+        module.start_kl = module.divergence([batch.to(module.device) for batch in self._windows(trainer)])
+        module.model.train()
+        module.write_metrics({"start/kl": module.start_kl})
 
     def _windows(self, trainer: pl.Trainer) -> list[Tensor]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ from rans_kernels.format import UNIT_ROWS
 
 from qat.quant.modules import QATModule
 from qat.quant.rate import integer_shares
-from qat.quant.scales import weight_scale
 
 
 def container_overhead(modules: Mapping[str, QATModule], profile: str, panels: int) -> float:
@@ -42,7 +41,7 @@ def _overhead_bits(module: QATModule, profile: str, panels: int) -> float:
     layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile)
     sample = q[_panel_rows(q.shape[0], panels)].cpu().numpy()
     encoded = encode_tiles(sample, replace(layout, shape=sample.shape))
-    scales = weight_scale(module.weight, module.quant_config, module.log2_scale).numel()
+    scales = module.scale().numel()
     # bits of the sample, scaled up to the tensor, and what a tensor has once
     grown = 8 * (encoded.nbytes - encoded.freqs.nbytes) - entropy(weight_histogram(sample)) * sample.size
     return grown * q.numel() / sample.size + 8 * encoded.freqs.nbytes + 32 * scales

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qat.config import QuantConfig, ScaleRule
 from qat.quant.fake_quant import fake_quantize, quantize
 from qat.quant.scales import grid, weight_scale
+from qat.quant.shards import spread_as, whole
 
 
 class QATModule(nn.Module):
@@ -40,10 +41,17 @@ class QATModule(nn.Module):
         frozen = self._owner[0].frozen if self._owner else self.frozen
         return fake_quantize(self.weight, scale, qmax, dtype, group_size, frozen)
 
+    @torch.no_grad()
+    def scale(self) -> Tensor:
+        """The step of the integer grid, float32 [R, G], see `weight_scale`; whole where the layer is sharded."""
+        if self.log2_scale is None:
+            return weight_scale(whole(self.weight), self.quant_config)
+        return weight_scale(self.weight, self.quant_config, whole(self.log2_scale))
+
+    @torch.no_grad()
     def integers(self) -> Tensor:
-        """The integers that the weight is rounded to: int8 [N, K]."""
-        qmax, group_size = grid(self.quant_config)
-        return quantize(self.weight, weight_scale(self.weight, self.quant_config, self.log2_scale), qmax, group_size)
+        """The integers that the weight is rounded to: int8 [N, K]; whole where the layer is sharded."""
+        return quantize(whole(self.weight), self.scale(), *grid(self.quant_config))
 
     def freeze_integers(self) -> None:
         """Keep the integers from now on, whatever becomes of the learned scale; again, it changes nothing.
@@ -59,8 +67,8 @@ class QATModule(nn.Module):
     def settle(self) -> None:
         """Put the weight where frozen integers and scale say, so that rounding it gives these integers."""
         if self.frozen is not None:
-            scale = weight_scale(self.weight, self.quant_config, self.log2_scale)
-            self.weight.copy_(dequantize(self.frozen, scale, self.weight.dtype, grid(self.quant_config)[1]))
+            settled = dequantize(self.frozen, self.scale(), self.weight.dtype, grid(self.quant_config)[1])
+            self.weight.copy_(spread_as(settled, self.weight))
 
     @torch.no_grad()
     def reset_scale(self) -> None:

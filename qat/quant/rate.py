@@ -26,6 +26,7 @@ from qat.config import RateConfig, RatePrice
 from qat.quant.convert import quantize_weight
 from qat.quant.modules import QATModule
 from qat.quant.scales import block_sums, grid, weight_scale
+from qat.quant.shards import held, summed, whole
 
 DEAREST = 12.0
 """Bits of an integer that has one slot of the largest table, 2^12."""
@@ -56,7 +57,8 @@ def weight_statistics(module: QATModule) -> dict[str, Any]:
     Raises:
         UserError: the weight is not finite.
     """
-    q, scale = quantize_weight(module.weight, module.quant_config, module.log2_scale)
+    log2_scale = None if module.log2_scale is None else whole(module.log2_scale)
+    q, scale = quantize_weight(whole(module.weight), module.quant_config, log2_scale)
     qmax, _ = grid(module.quant_config)
     ranked = scale.flatten().sort().values
     percentiles = {f"scale_p{p:02d}": float(ranked[round(p / 100 * (len(ranked) - 1))]) for p in (5, 50, 95)}
@@ -241,7 +243,10 @@ class RateTerm:
         return self._mean_entropy(list(found.values()))
 
     def bits(self) -> Tensor:
-        """Mean price in bits a weight, a scalar with gradient; the backward keeps nothing but weights and scales."""
+        """Mean price in bits a weight, a scalar with gradient; the backward keeps nothing but weights and scales.
+
+        Of a sharded model every process prices the rows that it holds: the mean is that of all, the gradient its own.
+        """
         noisy = self.config.price is RatePrice.prior
         total = []
         for name, module in self.modules.items():
@@ -249,10 +254,13 @@ class RateTerm:
             if name not in self._about:
                 shares = self.shares[name].to(module.weight.device)
                 self._about[name] = logistic_spread(shares) if noisy else table_prices(shares)
-            scale = weight_scale(module.weight, module.quant_config, module.log2_scale)
-            arguments = module.weight, scale, self._about[name], qmax, group_size
+            weight = held(module.weight)
+            log2_scale = None if module.log2_scale is None else held(module.log2_scale)
+            scale = weight_scale(weight, module.quant_config, log2_scale)
+            arguments = weight, scale, self._about[name], qmax, group_size
             # computed again in the backward: a weight matrix is large, and its price a few passes
-            total.append(checkpoint(self._bits, *arguments, use_reentrant=False) if noisy else self._bits(*arguments))
+            bits = checkpoint(self._bits, *arguments, use_reentrant=False) if noisy else self._bits(*arguments)
+            total.append(summed(bits, module.weight))
         return torch.stack(total).sum() / self.weights
 
     def _mean_entropy(self, shares: list[Tensor]) -> float:

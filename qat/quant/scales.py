@@ -32,7 +32,8 @@ def blocks(x: Tensor, rows: int, group_size: int | None) -> list[Tensor]:
         group_size: columns that share a scale, or None. A shorter last group is a view of its own.
     """
     if group_size is None:
-        return [x.reshape(rows, 1, -1, x.shape[1])]
+        # no -1: a process may hold no rows
+        return [x.reshape(rows, 1, x.shape[0] // max(rows, 1), x.shape[1])]
     whole = x.shape[1] - x.shape[1] % group_size
     views = [x[:, :whole].unflatten(1, (-1, group_size)).unsqueeze(2)] if whole else []
     return views + ([x[:, None, None, whole:]] if whole < x.shape[1] else [])

@@ -76,7 +76,7 @@ def test_the_teacher_is_the_base_model_and_no_part_of_the_module(make_config: Ma
     scales = {f"model.{name}.weight_log2_scale" for name in quantized_modules(module.model)}
     assert names == {f"model.{name}" for name, _ in base.named_parameters()} | scales
     # after training: the student moved, the teacher did not
-    (teacher,) = module._teacher
+    (teacher,) = module.teacher
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), base.parameters(), strict=True))
     assert not torch.equal(module.model.get_input_embeddings().weight, base.get_input_embeddings().weight)
 
@@ -87,7 +87,7 @@ def test_cross_entropy_alone_loads_no_teacher(make_config: MakeConfig, tmp_path)
     config.quant = QuantConfig(enabled=False)
     config.trainer.max_steps = 2
     trainer, module = fit(config, tmp_path)
-    assert not module._teacher
+    assert not module.teacher
     assert not quantized_modules(module.model)
     assert "val/kl" not in trainer.callback_metrics
     assert (tmp_path / "checkpoints" / "best.ckpt").exists()
@@ -155,7 +155,7 @@ def test_rates_are_down_at_the_freeze_and_rise_once_more(make_config: MakeConfig
         ("loss", "temperature", 0.0),
         ("loss", "chunk_tokens", 0),
         ("trainer", "precision", "16-true"),
-        ("trainer", "strategy", "fsdp"),
+        ("trainer", "strategy", "deepspeed"),
         ("trainer", "max_steps", 0),
         ("trainer", "valid_every", 0),
         ("quant", "start_step", 6),
