@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.trained import RECIPES, UNTARGETED, Training, train_variant
-from qat.data import load_tokens, windows
+from qat.data import load_tokens, spread_windows, windows
 from qat.divergence import kl_divergence, log_probabilities, negative_log_likelihood, same_top
 from qat.errors import UserError
 from qat.inference import pick_device
@@ -248,9 +248,9 @@ def read_windows(
 ) -> list[Tensor]:
     """Batches of at most 8 windows [B, seq_len + 1] of a text: its first, or some from all over it."""
     data = windows(load_tokens(source, load_tokenizer(model), cache), seq_len)
-    count = min(count, len(data))
-    chosen = np.linspace(0, len(data) - 1, count).astype(int) if spread else range(count)
-    return list(torch.stack([data[int(index)] for index in chosen]).to(device).split(8))
+    first = range(min(count, len(data)))
+    chosen = spread_windows(data, count) if spread else torch.stack([data[index] for index in first])
+    return list(chosen.to(device).split(8))
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -2,6 +2,6 @@
 
 from qat.data.sources import resolve
 from qat.data.tokens import load_tokens
-from qat.data.windows import RunSampler, spread_prompts, windows
+from qat.data.windows import RunSampler, spread_prompts, spread_windows, windows
 
-__all__ = ["RunSampler", "load_tokens", "resolve", "spread_prompts", "windows"]
+__all__ = ["RunSampler", "load_tokens", "resolve", "spread_prompts", "spread_windows", "windows"]

@@ -46,6 +46,12 @@ def windows(tokens: np.ndarray, seq_len: int) -> Windows:
     return Windows(tokens, seq_len)
 
 
+def spread_windows(data: Windows, count: int) -> Tensor:
+    """int64 [count, seq_len + 1]: windows from all over the text, the first and the last among them; all if fewer."""
+    chosen = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
+    return torch.stack([data[int(index)] for index in chosen])
+
+
 def spread_prompts(tokens: np.ndarray, count: int, length: int) -> Tensor:
     """int64 [count, length]: runs of tokens at evenly spaced positions, from the first to the last that fits."""
     starts = np.linspace(0, len(tokens) - length, count).astype(np.int64)

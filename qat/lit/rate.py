@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qat.config import RatePrice, TrainConfig
+from qat.lit.callbacks import ends_step
 from qat.lit.module import QATModule
 from qat.quant import freeze, settle
 from qat.quant.container import overhead_bits
@@ -75,7 +76,7 @@ class RateControl(pl.Callback):
             # over all processes at once: a checkpoint holds the state of the first
             self._kl = trainer.strategy.reduce(module.last_kl, reduce_op="mean") + self._kl
             self._micro_batches += 1
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         step = module.global_step
         if self.frozen:

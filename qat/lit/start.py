@@ -3,12 +3,12 @@
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from qat.config import Granularity, Rounding, TrainConfig
+from qat.data import spread_windows
 from qat.lit.module import QATModule
 from qat.ptq import compensate
 from qat.ptq.calibration import walk
@@ -71,10 +71,7 @@ class Start(pl.Callback):
 
     def _windows(self, trainer: pl.Trainer) -> list[Tensor]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        windows = data.train_windows
-        count = min(self.config.quant.calibration_windows, len(windows))
-        chosen = np.linspace(0, len(windows) - 1, count).astype(int)
-        return list(torch.stack([windows[int(index)] for index in chosen]).split(BATCH))
+        return list(spread_windows(data.train_windows, self.config.quant.calibration_windows).split(BATCH))
 
     def _land(self, module: QATModule, target: float) -> None:
         term, rate = module.rate_term, self.config.rate

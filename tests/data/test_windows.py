@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.data import RunSampler, spread_prompts, windows
+from qat.data import RunSampler, spread_prompts, spread_windows, windows
 from qat.errors import UserError
 
 
@@ -74,3 +74,9 @@ def test_prompts_span_the_text(count, length):
     assert prompts.shape == (count, length) and prompts.dtype == torch.int64
     assert torch.equal(prompts, prompts[:, :1] + torch.arange(length))
     assert prompts[0, 0] == 0 and (count == 1 or prompts[-1, -1] == 62)
+
+
+def test_spread_windows_reach_from_the_first_to_the_last():
+    data = windows(np.arange(100), 9)
+    assert spread_windows(data, 4)[:, 0].tolist() == [0, 30, 60, 90]
+    assert torch.equal(spread_windows(data, 99), torch.arange(100).view(10, 10))

@@ -6,6 +6,11 @@ from torch import Tensor
 from rans_kernels.format import TileLayout
 
 
+def has_top_bits(coded_bits: int, raw_bits: int) -> bool:
+    """Whether the patterns of `warp_table` have the top bits of the bytes set: where there is room for them."""
+    return coded_bits == 1 and 2 <= raw_bits <= 6
+
+
 def slot_table(freqs: Tensor, layout: TileLayout) -> Tensor:
     """Pack what a decoder needs of every slot into 32 bits: symbol | (frequency - 1) << 8 | offset in the symbol << 20.
 
@@ -63,7 +68,7 @@ def warp_table(freqs: Tensor, layout: TileLayout) -> Tensor:
                 else 8 * (weight % 4) + split.raw_bits - 1 + weight // 4
             )
             place |= coded << bit
-        if split.coded_bits == 1 and 2 <= split.raw_bits <= 6:
+        if has_top_bits(split.coded_bits, split.raw_bits):
             place |= 0x81818181
         entries = [freq[symbol] << 16 | offset, place]
     table = torch.stack(entries, dim=1)

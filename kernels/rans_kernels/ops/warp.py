@@ -11,6 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rans_kernels.ops.simt import copy_async, execute, load_global, load_shared, permute, wait_text
+from rans_kernels.ops.table import has_top_bits
+
+can_sign = gluon.constexpr_function(has_top_bits)
+"""For the kernels: whether weights can come out signed (`half_codes`)."""
 
 
 @gluon.constexpr_function
@@ -317,12 +321,6 @@ def codes(
         return add_constant(raw, one, 0x01010101 << (RAW - 1)) ^ coded
     else:
         return raw | coded
-
-
-@gluon.constexpr_function
-def can_sign(coded, raw):
-    """Whether the table's patterns have room for the top bits of bytes (table.warp_table)."""
-    return coded == 1 and 2 <= raw <= 6
 
 
 @gluon.jit

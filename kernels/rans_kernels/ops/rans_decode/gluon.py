@@ -93,13 +93,11 @@ def put(address, values):
 
 @gluon.constexpr_function
 def signed_asm(coded, raw):
-    """Codes of four weights to the weights, int8, unless they are that (`can_sign`): each byte less the offset.
+    """Codes of four weights to the weights, int8: each byte less the offset, by itself.
 
     With 128 added a byte borrows nothing of the next. The sum is a product with a factor that is 1 but no constant: the
     pipe of shifts and logic is the one that is full.
     """
-    if can_sign(coded, raw):
-        return "mov.b32 $0, $1; // $2"
     if coded + raw == 8:
         return "xor.b32 $0, $1, 0x80808080; // $2"
     add = 0x01010101 * (128 - (1 << (coded + raw - 1)))
@@ -236,6 +234,9 @@ def decode_tiles(
             if FLOAT:
                 upper = join_bytes(u[4 * h], low[h][0]) + join_bytes(u[4 * h + 1], low[h][1])
                 lower = join_bytes(u[4 * h + 2], low[h][2]) + join_bytes(u[4 * h + 3], low[h][3])
+            elif SIGNED:
+                upper = (u[4 * h], u[4 * h + 1])
+                lower = (u[4 * h + 2], u[4 * h + 3])
             elif SIZE == 1:
                 upper = (signed(u[4 * h], factors[2], CODED, RAW), signed(u[4 * h + 1], factors[2], CODED, RAW))
                 lower = (signed(u[4 * h + 2], factors[2], CODED, RAW), signed(u[4 * h + 3], factors[2], CODED, RAW))
