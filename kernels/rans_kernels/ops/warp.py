@@ -28,7 +28,8 @@ def step_asm(coded, precision, ring):
     """One rANS step. Results: state, cursor, coded bits; operands: state, cursor, table, lanes below, factors, ring.
 
     Entries: frequency << 16 | offset in the symbol, and the coded bits in place; or, where a symbol is one weight,
-    frequency << 20 | offset << 8 | symbol. The factors are two of `open_factors`.
+    frequency << 20 | offset << 8 | symbol. The factors are two of `open_factors`, the second of which is also the
+    bound under which a state wants a word: 0 for a lane that is to take none.
     """
     if coded == 8:
         look_up = "ld.shared.u32 $2, [a]; shr.u32 f, $2, 20; mul.lo.u32 o, $2, 4096; shr.u32 o, o, 20;"
@@ -40,7 +41,7 @@ def step_asm(coded, precision, ring):
     and.b32 a, $3, {(1 << precision) - 1}; mad.lo.u32 a, a, $7, $5;
     {look_up}
     shr.u32 x, $3, {precision}; mad.lo.u32 x, f, x, o;
-    setp.lt.u32 q, x, 65536;
+    setp.lt.u32 q, x, $8;
     vote.sync.ballot.b32 m, q, 0xffffffff;
     and.b32 n, m, $6; popc.b32 n, n; mad.lo.u32 a, n, 2, $4; {wrap}
     @q ld.shared.u16 h, [a];
@@ -60,6 +61,15 @@ def open_factors(lane, entry_bytes, word_base):
     """
     base = gl.full_like(lane, 1) * word_base
     return gl.full_like(lane, 1) * entry_bytes, base, base >> 16
+
+
+@gluon.jit
+def factors_where(live, factors):
+    """The factors for a unit that is there; for one that is not, such that its lanes take no words.
+
+    What such a unit decodes is nobody's, but the words it would read may be written at the same time.
+    """
+    return factors[0], gl.where(live, factors[1], 0), factors[2]
 
 
 @gluon.jit

@@ -29,6 +29,7 @@ from rans_kernels.ops.simt import (
 from rans_kernels.ops.warp import (
     can_sign,
     entry_words,
+    factors_where,
     half_codes,
     join_bytes,
     load_low,
@@ -116,7 +117,7 @@ def decode_tiles(
     word_base,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
-    WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    RAGGED: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """Write tiles `first` to first + WARPS - 1 of a matrix at address `out`, [N, K] of DTYPE; `total`: its tiles.
@@ -126,6 +127,7 @@ def decode_tiles(
     bytes of a row are collected in shared memory and stored at once; 0 stores what a lane has of a row. Shared memory:
     table | words | ring | lines. Words stand in front, so that a damaged stream, whose cursor runs on, reads what is
     behind and nothing outside. With WORD_RING, of many words, they pass through a ring of WORD_BYTES, and STAGES is 1.
+    RAGGED says that the last tile of a panel has fewer units than the others.
     """
     SIZE: gl.constexpr = 1 if DTYPE == "i8" else 2
     TABLE_BYTES: gl.constexpr = 4 * entry_words(CODED) << PRECISION
@@ -175,7 +177,7 @@ def decode_tiles(
     block_barrier()
     ones = gl.full_like(lane, 1)
     below = (ones << lane) - 1
-    factors = open_factors(lane, entry_bytes, word_base)
+    factors = factors_where(left > 0, open_factors(lane, entry_bytes, word_base))
     column = across * units * 64
     # columns of the tile that are inside the matrix end here
     end = gl.minimum(K, column + left * 64)
@@ -224,9 +226,10 @@ def decode_tiles(
                 low = (load_low(here, lane, on, 0, RAW, True), load_low(here, lane, on, 1, RAW, True))
         raw += STAGE_BYTES
         u = ()
+        live = factors_where(unit < left, factors) if RAGGED else factors
         for half in gl.static_range(2):
             state, cursor, opened, carry, four = half_codes(
-                state, cursor, opened, base, below, factors, word_buffer, lane, plane, carry, half, CODED, RAW,
+                state, cursor, opened, base, below, live, word_buffer, lane, plane, carry, half, CODED, RAW,
                 PRECISION, WRAP, FLOAT, SIGNED,
             )  # fmt: skip
             u = u + four
@@ -279,14 +282,14 @@ def rans_decode_kernel(
     word_base,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
-    WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    RAGGED: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
     """`decode_tiles` from program_id(0) * WARPS on."""
     decode_tiles(
         gl.program_id(0) * WARPS, heads, words, offsets, table, scale, out.to(gl.int64), N, K, tiles, units,
         panel_units, total, scale_stride, entry_bytes, word_base, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES,
-        LINES, CACHE, FLOAT, WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
+        LINES, CACHE, FLOAT, RAGGED, WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -295,7 +298,7 @@ def rans_decode_many_kernel(
     descriptors, blocks, entry_bytes, word_base,
     DTYPE: gl.constexpr, CODED: gl.constexpr, RAW: gl.constexpr, PRECISION: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, LINES: gl.constexpr, CACHE: gl.constexpr, FLOAT: gl.constexpr,
-    WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
+    RAGGED: gl.constexpr, WORD_BYTES: gl.constexpr, WORD_RING: gl.constexpr,
     DESCRIPTOR: gl.constexpr,
     SHARED0: gl.constexpr, SHARED1: gl.constexpr, SHARED2: gl.constexpr,
 ):  # fmt: skip
@@ -309,9 +312,8 @@ def rans_decode_many_kernel(
         gl.load(at + 4).to(gl.pointer_type(gl.float32)), gl.load(at + 5), gl.load(at + 6).to(gl.int32),
         gl.load(at + 7).to(gl.int32), gl.load(at + 8).to(gl.int32), gl.load(at + 9).to(gl.int32),
         gl.load(at + 10).to(gl.int32), gl.load(at + 11).to(gl.int32), gl.load(at + 12).to(gl.int32), entry_bytes,
-        word_base, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, FLOAT, WORD_BYTES,
-        WORD_RING,
-        SHARED0, SHARED1, SHARED2,
+        word_base, DTYPE, CODED, RAW, PRECISION, WARPS, STAGES, LINES, CACHE, FLOAT, RAGGED,
+        WORD_BYTES, WORD_RING, SHARED0, SHARED1, SHARED2,
     )  # fmt: skip
 
 
@@ -386,7 +388,9 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
         "entry_bytes": 4 * first.table.shape[1], "word_base": STATE_LOW,
         "DTYPE": DTYPE_NAMES[dtype], "CODED": split.coded_bits, "RAW": split.raw_bits,
         "PRECISION": first.layout.probability_bits, "WARPS": warps, "STAGES": stages, "LINES": lines,
-        "CACHE": launch.cache, "FLOAT": first.layout.is_float, "WORD_BYTES": word_bytes, "WORD_RING": word_ring,
+        "CACHE": launch.cache, "FLOAT": first.layout.is_float,
+        "RAGGED": any(weight.layout.panel_units % weight.layout.most_units for weight in weights),
+        "WORD_BYTES": word_bytes, "WORD_RING": word_ring,
         "SHARED0": pieces[0], "SHARED1": pieces[1], "SHARED2": pieces[2], "num_warps": warps,
     }  # fmt: skip
 

@@ -42,6 +42,7 @@ from rans_kernels.ops.simt import (
 )
 from rans_kernels.ops.warp import (
     entry_words,
+    factors_where,
     half_codes,
     load_low,
     load_raw,
@@ -90,6 +91,7 @@ def multiply_tile(
     STAGE_BYTES: gl.constexpr = unit_bytes(RAW, FLOAT)
     one = gl.full_like(lane, 1)
     below = (one << lane) - 1
+    factors = factors_where(left > 0, factors)
     on = only(rows_on, left > 0, COLUMN_BLOCKS)
     x = (load_x(x_at, on, COLUMN_BLOCKS, K * 2), load_x(x_at + 64, on, COLUMN_BLOCKS, K * 2))
     zero = gl.full_like(lane, 0).to(gl.float32)
@@ -116,9 +118,10 @@ def multiply_tile(
         x_at += 128
         before = c
         carry = state
+        live = factors_where(unit < left, factors) if RAGGED else factors
         for half in gl.static_range(2):
             state, cursor, opened, carry, u = half_codes(
-                state, cursor, opened, table, below, factors, word_buffer, lane, plane, carry, half, CODED, RAW,
+                state, cursor, opened, table, below, live, word_buffer, lane, plane, carry, half, CODED, RAW,
                 PRECISION, RING, FLOAT,
             )  # fmt: skip
             if FLOAT and STAGES == 1:

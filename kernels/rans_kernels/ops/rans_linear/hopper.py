@@ -31,6 +31,7 @@ from rans_kernels.ops.simt import (
 )
 from rans_kernels.ops.warp import (
     entry_words,
+    factors_where,
     half_codes,
     load_raw,
     open_factors,
@@ -165,7 +166,7 @@ def rans_linear_hopper_kernel(
         copy_stage(x_ring, x_from, zero + s, on, first_lane, X_BYTES, STAGES)
 
     below = (one << lane) - 1
-    factors = open_factors(lane, entry_bytes, word_base)
+    factors = factors_where(inside > 0, open_factors(lane, entry_bytes, word_base))
     none = zero.to(gl.float32)
     total = (none,) * (COLUMNS // 2)
     c = total
