@@ -214,6 +214,8 @@ class OptimConfig:
     """Rate of learned log2 scales; they have no weight decay."""
     norm_lr: float | None = None
     """Rate of the gains of norms, which with quant.columns are column factors; null is `lr`."""
+    embedding_lr: float | None = None
+    """Rate of the input embedding, and of a head tied to it; null is `lr`, 0 keeps them as they are."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95

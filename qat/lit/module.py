@@ -6,6 +6,7 @@ The teacher is no submodule: it is neither saved, nor wrapped by DDP, nor seen b
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -221,6 +222,8 @@ class QATModule(pl.LightningModule):
         frozen_from = freeze_step(self.config.rate, steps) if self.config.quant.enabled else steps
         if step < frozen_from:
             return lr_factor(step, frozen_from, config)
+        # a short phase that warmed up for most of its time would end at full rate
+        config = replace(config, warmup_steps=min(config.warmup_steps, (steps - frozen_from) // 5))
         return config.frozen_lr_ratio * lr_factor(step - frozen_from, steps - frozen_from, config)
 
     def _hidden(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -257,22 +260,29 @@ def lr_factor(step: int, max_steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: matrices (decay), embeddings and biases (none), norms, learned scales (own rates, none)."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices, rest, norms, scales = [], [], [], []
+    """Groups for AdamW: matrices (decay), biases (none), embeddings, norms, learned scales (own rates, none)."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices, rest, embeddings, norms, scales = [], [], [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith("weight_log2_scale"):
             scales.append(parameter)
-        elif parameter.ndim >= 2 and id(parameter) not in embeddings:
+        elif id(parameter) in tables:
+            embeddings.append(parameter)
+        elif parameter.ndim >= 2:
             matrices.append(parameter)
         elif name.endswith("norm.weight"):
             norms.append(parameter)
         else:
             rest.append(parameter)
+
+    def given(rate: float | None) -> float:
+        return config.lr if rate is None else rate
+
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": matrices, "weight_decay": config.weight_decay},
         {"name": "rest", "params": rest, "weight_decay": 0.0},
-        {"name": "norms", "params": norms, "weight_decay": 0.0, "lr": config.norm_lr or config.lr},
+        {"name": "embeddings", "params": embeddings, "weight_decay": 0.0, "lr": given(config.embedding_lr)},
+        {"name": "norms", "params": norms, "weight_decay": 0.0, "lr": given(config.norm_lr)},
         {"name": "scales", "params": scales, "weight_decay": 0.0, "lr": config.scale_lr},
     ]
     return [group for group in groups if group["params"]]
