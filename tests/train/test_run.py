@@ -27,6 +27,7 @@ from qat.lit.callbacks import Checkpoints
 from qat.lit.module import QATModule
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CLOCK = ("tokens/s", "start/seconds")
 MakeConfig = Callable[[], TrainConfig]
 
 
@@ -76,7 +77,7 @@ def metrics(folder: Path) -> dict[int, dict[str, float]]:
     """By step, of which each has one line, without the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len({line["step"] for line in lines}) == len(lines)
-    return {line["step"]: {k: v for k, v in line.items() if k != "tokens/s"} for line in lines}
+    return {line["step"]: {k: v for k, v in line.items() if k not in CLOCK} for line in lines}
 
 
 def assert_same(one: Any, other: Any) -> None:
