@@ -1,10 +1,18 @@
 """Methods of the frontier that train: variants of a recipe, each an entry of `RECIPES` in words of train.py's command.
 
 A variant is trained to the target through the path of train.py, and its last checkpoint weighed as export stores it.
+It can be exported, too, and the compressed model held against the one that was trained.
 """
 
 import gc
+import io
+import json
+import shutil
 import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +20,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eval.consistency import consistency
 from qat.checkpoint import load_fake_quant
 from qat.cli import compose
 from qat.errors import UserError
+from qat.export import export
 from qat.lit.build import train
 from qat.ptq import Cost, Rounded, stored_cost
 from qat.quant import freeze, grid, quantize_weight, quantized_modules, set_fake_quant
@@ -43,6 +53,9 @@ RECIPES: dict[str, list[str]] = {
 one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""
 UNTARGETED = {"finetune"}
 
+NEW_TOKENS = 256
+"""Generated for a prompt to compare models by."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -59,6 +72,10 @@ class Training:
         cache: folder of tokenised text.
         accelerator: gpu or cpu.
         overrides: words of train.py's command, after all others.
+        prompts: of the held-out text, by which a model is compared with its export; 0 for no comparison.
+        device: where they are compared.
+        keep: folder for runs and exports; None keeps none.
+        label: added to names in that folder.
     """
 
     model: Path
@@ -71,6 +88,10 @@ class Training:
     cache: str
     accelerator: str
     overrides: list[str] = field(default_factory=list)
+    prompts: int = 0
+    device: str = "auto"
+    keep: Path | None = None
+    label: str = ""
 
     @property
     def steps(self) -> int:
@@ -94,32 +115,120 @@ class Training:
         ]  # fmt: skip
 
 
-def train_variant(name: str, training: Training, target: float | None) -> tuple[PreTrainedModel, Cost]:
-    """Train a variant to so many stored bits.
+@dataclass(frozen=True)
+class Variant:
+    """What a recipe came to.
 
-    Returns:
-        The model on the CPU in eval mode, with the weights that the integers stand for, and what they take. One that
-        is not quantised is rounded to bfloat16.
+    Attributes:
+        model: on the CPU in eval mode, with the weights that the integers stand for.
+        cost: what they take, reckoned.
+        seconds: by stage: start, training, export, consistency.
+        consistency: of the exported model with the trained one, as `compare`, or {"error": why not}; None if unasked.
+    """
+
+    model: PreTrainedModel
+    cost: Cost
+    seconds: dict[str, float]
+    consistency: dict[str, Any] | None
+
+
+def train_variant(name: str, training: Training, target: float | None) -> Variant:
+    """Train a variant to so many stored bits; one that is not quantised is rounded to bfloat16, and not exported.
 
     Raises:
-        UserError: the budget does not make a step, or as `train`.
+        UserError: the budget does not make a step, there is a run of this name in the folder to keep it, or as `train`.
     """
     if training.steps < 1:
         raise UserError(
             f"--tokens {training.tokens} is less than a step of {training.batch} windows of {training.seq_len}"
         )
+    kept = training.keep and training.keep / f"{name}{training.label}{'' if target is None else f'-{target:g}'}"
+    if kept and kept.exists():
+        raise UserError(f"{kept} exists: give another --keep or --label, or move it away")
+    seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = train(compose("train", *training.words(name, target, Path(folder))))
-        model: Any = load_fake_quant(run / "checkpoints" / "last.ckpt")
-    # a run is full of cycles, and other processes may want the memory
-    gc.collect()
-    torch.cuda.empty_cache()
-    if not quantized_modules(model):
-        return model.to(torch.bfloat16).float(), Cost(16.0, 16.0)
+        with _timed(seconds, "training"):
+            run = train(compose("train", *training.words(name, target, Path(folder))))
+        seconds = {"start": _start_seconds(run)} | seconds
+        seconds["training"] = round(seconds["training"] - seconds["start"], 1)
+        # a run is full of cycles, and other processes may want the memory
+        gc.collect()
+        torch.cuda.empty_cache()
+        if kept:
+            (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            run = Path(shutil.move(run, kept))
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        model: Any = load_fake_quant(checkpoint)
+        # a tied head is its embedding's weight, stored once
+        layers = {id(layer.weight): layer for layer in quantized_modules(model).values()}.values()
+        if not layers:
+            return Variant(model.to(torch.bfloat16).float(), Cost(16.0, 16.0), seconds, None)
+        found = None
+        try:
+            if kept or training.prompts:
+                with _timed(seconds, "export"), _quiet():
+                    words = [f"source={checkpoint}", f"output={run / 'compressed'}", "profile=compact"]
+                    compressed = export(compose("export", *words, "progress_bar=false"))
+                if training.prompts:
+                    with _timed(seconds, "consistency"), _quiet():
+                        found = compare(compressed, checkpoint, training)
+        except Exception as error:
+            # what was trained can be judged all the same
+            traceback.print_exc()
+            found = {"error": str(error)}
     cost = stored_cost(
         Rounded(*quantize_weight(layer.weight, layer.quant_config, layer.log2_scale), grid(layer.quant_config)[1])
-        for layer in quantized_modules(model).values()
+        for layer in layers
     )
     freeze(model)
     set_fake_quant(model, False)
-    return model, cost
+    return Variant(model, cost, seconds, found)
+
+
+def compare(compressed: Path, checkpoint: Path, training: Training) -> dict[str, Any]:
+    """Level 4 of the numerics contract for an exported folder, and what it stores.
+
+    Returns:
+        prompts, new_tokens, tokens, divergent_tokens: as `qat.divergence.compare_tokens`.
+        margin: the largest at a first divergence, by which the trained model preferred its token; None without one.
+        logits_equal: to the bit, on some windows of the text.
+        device, dtype: where and in what both models ran.
+        stored_bits: bits a weight of the compressed layers, as export counted them in the folder.
+    """
+    report = consistency(
+        compose(
+            "eval", f"compressed={compressed}", f"checkpoint={checkpoint}", f"text={training.valid}",
+            f"output={checkpoint.parents[1] / 'report'}", f"device={training.device}", f"prompts={training.prompts}",
+            f"new_tokens={NEW_TOKENS}", f"seq_len={training.seq_len}", "windows=16", "batch_size=64",
+            "logger=disabled", f"paths.cache={training.cache}",
+        )
+    )  # fmt: skip
+    made = report["fake_quant"]["generation"]
+    return {
+        **{key: made[key] for key in ("prompts", "new_tokens", "tokens", "divergent_tokens")},
+        "margin": max((divergence["margin"] for divergence in made["divergences"]), default=None),
+        "logits_equal": report["fake_quant"]["logits"]["bit_equal"],
+        "device": report["device"],
+        "dtype": report["dtype"],
+        "stored_bits": json.loads((compressed / "export_report.json").read_text())["summary"]["bits"],
+    }
+
+
+def _start_seconds(run: Path) -> float:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return next((round(line["start/seconds"], 1) for line in lines if "start/seconds" in line), 0.0)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - begin, 1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tables and bars that entry points show."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

@@ -138,6 +138,7 @@ def uses_rate(config: TrainConfig) -> bool:
 
 def _rate_checks(config: TrainConfig) -> dict[str, bool]:
     rate, quant, steps = config.rate, config.quant, config.trainer.max_steps
+    unfrozen = freeze_step(rate, steps) - quant.start_step
     learned, priced = quant.enabled and quant.scale is ScaleRule.learned, rate.price is not RatePrice.none
     return {
         f"rate.price={rate.price.value}: needs quantised layers, not quant=none": quant.enabled or not priced,
@@ -169,6 +170,9 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         f"rate.weight={rate.weight}: must be positive": rate.weight is None or rate.weight > 0,
         f"rate.ema={rate.ema}: must be from 0 to below 1": 0 <= rate.ema < 1,
         f"rate.every={rate.every}: must be at least 1": rate.every >= 1,
+        f"rate.every={rate.every}: more than the {unfrozen} steps in which to approach rate.target_bits": (
+            rate.target_bits is None or rate.every <= unfrozen
+        ),
         f"rate.panels={rate.panels}: must be at least 1": rate.panels >= 1,
         f"rate.proportional={rate.proportional}: must not be negative": rate.proportional >= 0,
         f"rate.integral={rate.integral}: must not be negative": rate.integral >= 0,

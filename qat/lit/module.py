@@ -92,13 +92,20 @@ class QATModule(pl.LightningModule):
             self.teacher = [teacher.requires_grad_(False)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count as this run does: its max_steps say which batch is the last, its devices how many make a step."""
+        """Count as this run does: its max_steps say which batch is the last, its devices how many make a step.
+
+        The learning rates of the next step, too, are those of this run's schedule, and not of the saved one.
+        """
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = False
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
             ahead = done - counts["ready"]
             counts.update({key: count + ahead for key, count in counts.items()})
+        factor = self._lr_factor(checkpoint["global_step"])
+        for optimizer in checkpoint["optimizer_states"]:
+            for group in optimizer["param_groups"]:
+                group["lr"] = group["initial_lr"] * factor
 
     def on_fit_start(self) -> None:
         """Put the teacher where the student is."""

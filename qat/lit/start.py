@@ -1,5 +1,6 @@
 """What is done to the base before the first step: columns rescaled, steps set to a target, weights rounded by GPTQ."""
 
+import time
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ SPAN = 8.0
 
 
 class Start(pl.Callback):
-    """Prepares a run that begins, on quant.calibration_windows of the training text; writes start/kl.
+    """Prepares a run that begins, on quant.calibration_windows of the training text; writes start/{kl,seconds}.
 
     It does what quant.columns, rate.lead and quant.rounding say, in this order. A resumed run finds it done.
     """
@@ -31,6 +32,7 @@ class Start(pl.Callback):
     def __init__(self, config: TrainConfig):
         """Args: config: of the run."""
         self.config = config
+        self._seconds = 0.0
 
     @torch.no_grad()
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -38,6 +40,7 @@ class Start(pl.Callback):
         assert isinstance(module, QATModule)
         if self.config.trainer.resume:
             return
+        begin = time.perf_counter()
         quant, model, device = self.config.quant, module.model, trainer.strategy.root_device
         module.to(device)
         batches = [batch.to(device) for batch in self._windows(trainer)]
@@ -57,6 +60,7 @@ class Start(pl.Callback):
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
         model.train()
+        self._seconds = time.perf_counter() - begin
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure what a run begins with."""
@@ -67,7 +71,7 @@ class Start(pl.Callback):
         module.model.eval()
         module.start_kl = module.divergence([batch.to(module.device) for batch in self._windows(trainer)])
         module.model.train()
-        module.write_metrics({"start/kl": module.start_kl})
+        module.write_metrics({"start/kl": module.start_kl, "start/seconds": self._seconds})
 
     def _windows(self, trainer: pl.Trainer) -> list[Tensor]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
