@@ -98,7 +98,7 @@ class ModelConfig:
     revision: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
-    """torch.compile the network (not the LightningModule)."""
+    """torch.compile the decoder layers, one for all that are alike."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
 from qat.distill import distillation_loss, token_sums
 from qat.errors import UserError
-from qat.model import check_output_logits, load_model, output_logits
+from qat.model import check_output_logits, compile_layers, load_model, output_logits
 from qat.quant import prepare, quantized_modules, set_fake_quant
 from qat.quant.control import freeze_step
 from qat.quant.rate import RateTerm
@@ -116,7 +116,7 @@ class QATModule(pl.LightningModule):
         """Compile what is called below, in place; only now, since preparing the model looks into its blocks."""
         if self.config.model.compile:
             for model in (self.model, *self.teacher):
-                model.base_model.compile()
+                compile_layers(model)
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for trainer.validate; fake quantisation as at this step."""
