@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_utils import PreTrainedModel
 
 from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
-from qat.distill import distillation_loss, token_sums
+from qat.distill import Losses, distillation_loss, token_losses, token_sums
 from qat.errors import UserError
 from qat.model import check_output_logits, compile_layers, load_model, output_logits
 from qat.quant import prepare, quantized_modules, set_fake_quant
@@ -65,6 +65,7 @@ class QATModule(pl.LightningModule):
         """Before the first step, if the callback Start has measured it."""
         self.teacher: list[PreTrainedModel] = []
         """None or one; in a list, lest it becomes a submodule."""
+        self._losses: Losses = token_losses
         self._train_sums = torch.zeros(4)
         self._valid_sums = torch.zeros(4, dtype=torch.float64)
 
@@ -117,6 +118,7 @@ class QATModule(pl.LightningModule):
         if self.config.model.compile:
             for model in (self.model, *self.teacher):
                 compile_layers(model)
+            self._losses = torch.compile(token_losses)
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for trainer.validate; fake quantisation as at this step."""
@@ -144,6 +146,7 @@ class QATModule(pl.LightningModule):
             ce_weight=loss.ce,
             temperature=loss.temperature,
             chunk_tokens=loss.chunk_tokens,
+            losses=self._losses,
         )
         means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
