@@ -200,7 +200,7 @@ def compare(compressed: Path, checkpoint: Path, training: Training) -> dict[str,
         compose(
             "eval", f"compressed={compressed}", f"checkpoint={checkpoint}", f"text={training.valid}",
             f"output={checkpoint.parents[1] / 'report'}", f"device={training.device}", f"prompts={training.prompts}",
-            f"new_tokens={NEW_TOKENS}", f"seq_len={training.seq_len}", "windows=16", "batch_size=64",
+            f"new_tokens={NEW_TOKENS}", f"seq_len={training.seq_len}", "windows=16", "batch_size=128",
             "logger=disabled", f"paths.cache={training.cache}",
         )
     )  # fmt: skip
