@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qat.config import RateConfig, RatePrice
 from qat.quant.convert import quantize_weight
+from qat.quant.fake_quant import quantize
 from qat.quant.modules import QATModule
 from qat.quant.scales import grid, weight_scale
 from qat.quant.shards import held, summed, whole
@@ -73,14 +74,22 @@ def weight_statistics(module: QATModule) -> dict[str, Any]:
 
 def integer_counts(q: Tensor) -> Tensor:
     """How often every integer from -128 to 127 occurs in q, int8 of any shape: int64 [256] on its device."""
-    # not bincount, which makes the host wait for the GPU
-    places = q.reshape(-1).long() + 128
-    return torch.zeros(256, dtype=torch.int64, device=q.device).scatter_add_(0, places, torch.ones_like(places))
+    # not bincount, which makes the host wait for the GPU. A count a column: few integers occur often, and a GPU adds to
+    # one place at a time
+    places = q.reshape(-1, q.shape[-1] if q.ndim > 1 else 1).long() + 128
+    one = torch.ones((), dtype=torch.int32, device=q.device)
+    counts = torch.zeros(256, places.shape[1], dtype=torch.int32, device=q.device)
+    return counts.scatter_add_(0, places, one.expand_as(places)).sum(1)
 
 
 def integer_shares(q: Tensor) -> Tensor:
     """Share of every integer from -128 to 127 among q, int8 of any shape: float64 [256] on its device."""
     return integer_counts(q).double() / q.numel()
+
+
+def weight_shares(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None = None) -> Tensor:
+    """`integer_shares` of a weight [N, K] that is rounded; arguments as for `qat.quant.fake_quant.quantize`."""
+    return integer_shares(quantize(weight, scale, qmax, group_size))
 
 
 def share_entropy(shares: Tensor) -> Tensor:
@@ -173,7 +182,7 @@ class RateTerm:
         Args:
             modules: fake-quantising layers by name; in use they must be on one device.
             config: which price, and how long histograms remember.
-            compile: fuse the price of a tensor into one pass (torch.compile).
+            compile: fuse the price of a tensor into one pass, and its histogram into another (torch.compile).
         """
         self.modules = distinct_weights(modules)
         self.weights = sum(module.weight.numel() for module in self.modules.values())
@@ -186,6 +195,7 @@ class RateTerm:
         self.config = config
         bits: Callable[..., Tensor] = table_bits if config.price is RatePrice.table else prior_bits
         self._bits = torch.compile(bits, dynamic=False) if compile else bits
+        self._shares = torch.compile(weight_shares, dynamic=False) if compile else weight_shares
 
     @torch.no_grad()
     def entropy(self) -> float:
@@ -215,7 +225,10 @@ class RateTerm:
     @torch.no_grad()
     def refresh(self) -> float:
         """Take new histograms into account; gives the entropy of the integers as they are, in bits a weight."""
-        found = {name: integer_shares(module.integers()) for name, module in self.modules.items()}
+        found = {
+            name: self._shares(whole(module.weight), module.scale(), *grid(module.quant_config))
+            for name, module in self.modules.items()
+        }
         for name, shares in found.items():
             past = self.shares.get(name, shares).to(shares.device)
             self.shares[name] = shares.lerp(past, self.config.ema)
