@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_utils import PreTrainedModel
@@ -129,6 +128,9 @@ class QATModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set what depends on the step; random numbers (dropout) then repeat after a resume."""
         set_fake_quant(self.model, self.fake_quant_on)
+        if self.rate_term is not None and self.config.rate.price is RatePrice.table:
+            # lightning divides losses by the number of micro-batches, not this
+            self.rate_term.pull(self.rate_weight / self.trainer.accumulate_grad_batches)
         seed, rank, world = self.config.trainer.seed, self.trainer.global_rank, self.trainer.world_size
         torch.manual_seed((seed << 32) + batch_idx * world + rank)
 
@@ -151,18 +153,15 @@ class QATModule(pl.LightningModule):
         means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
         self.last_kl = result.kl.detach()
-        accumulate = self.trainer.accumulate_grad_batches
-        if self.rate_term is None or not self.rate_weight or batch_idx % accumulate:
-            return result.loss
-        if isinstance(self, FSDPModule):
-            # the price: see on_before_optimizer_step. No view of the sums: fsdp puts a hook on what is returned
-            return result.loss.clone()
-        # the same for every micro-batch: once a step, and lightning divides by their number
-        return result.loss + accumulate * self.rate_weight * self.rate_term.bits()
+        # no view of the sums: fsdp puts a hook on what is returned
+        return result.loss.clone()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Where weights are sharded, add the gradient of the price: of each process' own rows, behind the reduction."""
-        if isinstance(self, FSDPModule) and self.rate_term is not None and self.rate_weight:
+        """Add the gradient of a price that the backward does not: of a process' own rows, behind the reduction.
+
+        Once a step, and where activations are gone: it is as large as the weights.
+        """
+        if self.rate_term is not None and self.config.rate.price is RatePrice.prior and self.rate_weight:
             (self.rate_weight * self.rate_term.bits()).backward()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

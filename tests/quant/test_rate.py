@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.config import QuantConfig, RateConfig, RatePrice, ScaleRule
+from qat.config import Granularity, QuantConfig, RateConfig, RatePrice, ScaleRule
 from qat.quant import clipped_fraction, entropy, prepare, weight_statistics
 from qat.quant.rate import (
     RateTerm,
@@ -116,6 +116,39 @@ def test_beyond_the_clip_there_is_no_pull(price: RatePrice):
     term.bits().backward()
     assert not layer.weight.grad[:, 0].any()
     assert (layer.weight.grad != 0).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [ScaleRule.learned, ScaleRule.std])
+@pytest.mark.parametrize("granularity", Granularity)
+def test_a_backward_can_add_the_gradient_of_the_price(granularity: Granularity, scale: ScaleRule, compiled: bool):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = QuantConfig(bits=4, scale=scale, init=ScaleRule.std, k=0.3, granularity=granularity, group_size=32)
+    layer = prepare(nn.Linear(70, 12), config)
+    term = RateTerm({"layer": layer}, RateConfig(price=RatePrice.table))
+    term.refresh()
+    x = torch.randn(5, 70)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+
+    def gradients() -> list[Tensor]:
+        found = [parameter.grad for parameter in layer.parameters()]
+        layer.zero_grad()
+        return found
+
+    run(x).square().sum().backward()
+    (300 * term.bits()).backward()
+    expected = gradients()
+    # by two micro-batches; a price that was is forgotten
+    for weight in (40.0, 150.0):
+        term.pull(weight)
+    for part in (x[:2], x[2:]):
+        run(part).square().sum().backward()
+    torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-4)
+    term.pull(0.0)
+    run(x).square().sum().backward()
+    plain = gradients()
+    assert (plain[0] - expected[0]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("step", [0.129, 0.259, 0.522])
