@@ -31,7 +31,7 @@ from qat.quant import freeze, grid, quantize_weight, quantized_modules, set_fake
 
 FULL = ["experiment=bookllama_rate"]
 # the rates of the full recipe; steps keep their proportions, and their common factor holds the target
-PLAIN = ["quant=learned", "quant.k=0.5", "rate.hold=steps", "rate.lead=0", "optim.lr=5e-4",
+PLAIN = ["quant=learned", "quant.k=0.5", "rate.hold=steps", "rate.lead=0", "optim.lr=2e-4",
          "optim.scale_lr=0"]  # fmt: skip
 
 RECIPES: dict[str, list[str]] = {
@@ -47,7 +47,7 @@ RECIPES: dict[str, list[str]] = {
     "ste": PLAIN,
     "ste-layer": [*PLAIN, "quant.granularity=per_tensor"],
     "ste-decay": [*PLAIN, "optim.weight_decay=0.3"],
-    "finetune": ["quant=none", "optim.lr=5e-4"],
+    "finetune": ["quant=none", "optim.lr=2e-4"],
 }
 """`rate` is the whole recipe, the next ones lack a part or have another. `ste` is fake quantisation alone,
 one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""

@@ -81,8 +81,12 @@ class QATModule(pl.LightningModule):
     @property
     def last_lr(self) -> float:
         """The rate that the weights were last stepped with."""
-        config = self.config.optim
-        return config.lr * self._lr_factor(self.global_step - 1)
+        return self.config.optim.lr * self.lr_share
+
+    @property
+    def lr_share(self) -> float:
+        """Of the peak rate, what the weights were last stepped with."""
+        return self._lr_factor(self.global_step - 1)
 
     def setup(self, stage: str) -> None:
         """Load the teacher, in the compute dtype, unless the loss has no use for one."""
@@ -221,7 +225,11 @@ class QATModule(pl.LightningModule):
         """AdamW over groups with rates of their own; linear warm-up and cosine, and the same again once frozen."""
         config = self.config.optim
         optimizer = AdamW(
-            parameter_groups(self.model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+            parameter_groups(self.model, config),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=self.device.type == "cuda" or None,
         )
         scheduler = LambdaLR(optimizer, lambda step: self._lr_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -110,8 +110,8 @@ class RateControl(pl.Callback):
         if self.config.target_bits is not None:
             metrics["rate/target"] = self.controller.target(module.global_step)
         module.write_metrics(metrics)
-        if self.controller.octaves:
-            term.shift(self.controller.octaves)
+        if octaves := self.controller.octaves(module.lr_share):
+            term.shift(octaves)
 
     def _take_kl(self, module: QATModule) -> float | None:
         """Mean divergence since the last histogram; at the start that of the prepared model."""
