@@ -225,11 +225,7 @@ class QATModule(pl.LightningModule):
         """AdamW over groups with rates of their own; linear warm-up and cosine, and the same again once frozen."""
         config = self.config.optim
         optimizer = AdamW(
-            parameter_groups(self.model, config),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=self.device.type == "cuda" or None,
+            parameter_groups(self.model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
         )
         scheduler = LambdaLR(optimizer, lambda step: self._lr_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
