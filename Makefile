@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint bench
+.PHONY: help setup demo test test-gpu sanitize lint bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,14 @@ test: $(READY) ## run the CPU test suite
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest tests -m gpu
+
+# compilation is part of it, and a race check slows a launch a hundredfold: the tests of all warp-level kernels, ragged
+# and whole, and no more
+SANITIZED := product_is_right or wide_product or launch_changes_no_decoded
+sanitize: $(READY) ## run the kernels under compute-sanitizer, memcheck and racecheck (a GPU and CUDA's tools; 10 minutes)
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/kernels/test_gluon.py -m gpu -k "$(SANITIZED)" || exit 1; \
+	done
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
