@@ -175,13 +175,18 @@ class LossConfig:
 
 @dataclass
 class RateConfig:
-    """loss += weight * mean bits of the quantised weights, and what holds those bits to a target."""
+    """loss += weight * mean bits of the quantised weights, and what holds those bits to a target.
+
+    With `embedding_bits` there are two groups of weights, each with a target, factor on steps and weight of its own.
+    """
 
     price: RatePrice = RatePrice.none
     weight: float | None = 0.02
     """Nats a bit; where the controller starts if that holds the bits. Null is 2 ln2 KL, as measured."""
     target_bits: float | None = None
     """Bits a weight as stored, everything counted; null leaves `weight` as it is. Needs quant.scale=learned."""
+    embedding_bits: float | None = None
+    """As `target_bits`, of input embedding and output head together; null counts them together with all others."""
     hold: Hold = Hold.weight
     lead: float | None = None
     """Stored bits above the target to begin at, by one factor on all steps; null begins at quant.k."""

@@ -145,6 +145,15 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         f"rate.target_bits={rate.target_bits}: needs a price, rate=table or rate=prior, or rate.hold=steps": (
             rate.target_bits is None or priced or rate.hold is Hold.steps
         ),
+        f"rate.embedding_bits={rate.embedding_bits}: must be positive": (
+            rate.embedding_bits is None or rate.embedding_bits > 0
+        ),
+        f"rate.embedding_bits={rate.embedding_bits}: needs rate.target_bits for the other layers": (
+            rate.embedding_bits is None or rate.target_bits is not None
+        ),
+        f"rate.embedding_bits={rate.embedding_bits}: needs quant.embeddings=true or quant.lm_head=true": (
+            rate.embedding_bits is None or (quant.enabled and (quant.embeddings or quant.lm_head))
+        ),
         "rate.lead: needs rate.target_bits": rate.lead is None or rate.target_bits is not None,
         "rate.weight=null: needs rate.target_bits, and a teacher, loss.kl": (
             rate.weight is not None or not priced or (rate.target_bits is not None and config.loss.kl > 0)

@@ -21,9 +21,9 @@ from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
 from qat.distill import distillation_loss, token_sums
 from qat.errors import UserError
 from qat.model import check_output_logits, load_model, output_logits
-from qat.quant import prepare, quantized_modules, set_fake_quant
+from qat.quant import prepare, set_fake_quant
 from qat.quant.control import freeze_step
-from qat.quant.rate import RateTerm
+from qat.quant.rate import price, rate_terms
 
 
 class QATModule(pl.LightningModule):
@@ -51,11 +51,12 @@ class QATModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.config.quant.enabled:
             prepare(self.model, self.config.quant)
-        layers, rate = quantized_modules(self.model), self.config.rate
-        watched = bool(layers) and (rate.price is not RatePrice.none or rate.target_bits is not None)
-        self.rate_term = RateTerm(layers, rate, self.config.model.compile) if watched else None
-        self.rate_weight = 0.0
-        """Nats a bit, for the callback RateControl to set."""
+        rate = self.config.rate
+        watched = self.config.quant.enabled and (rate.price is not RatePrice.none or rate.target_bits is not None)
+        self.rate_terms = rate_terms(self.model, rate, self.config.model.compile) if watched else {}
+        """By group of weights with a target of its own."""
+        self.rate_weights: dict[str, float] = {}
+        """Nats a bit by group, none without a price; for the callback RateControl to set."""
         self.on_target = True
         """Whether this state may be the best one, as far as bits go; likewise."""
         self.last_kl: Tensor | float = 0.0
@@ -141,18 +142,18 @@ class QATModule(pl.LightningModule):
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
         self.last_kl = result.kl.detach()
         accumulate = self.trainer.accumulate_grad_batches
-        if self.rate_term is None or not self.rate_weight or batch_idx % accumulate:
+        if not self.rate_weights or batch_idx % accumulate:
             return result.loss
         if isinstance(self, FSDPModule):
             # the price: see on_before_optimizer_step. No view of the sums: fsdp puts a hook on what is returned
             return result.loss.clone()
         # the same for every micro-batch: once a step, and lightning divides by their number
-        return result.loss + accumulate * self.rate_weight * self.rate_term.bits()
+        return result.loss + accumulate * price(self.rate_terms, self.rate_weights)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Where weights are sharded, add the gradient of the price: of each process' own rows, behind the reduction."""
-        if isinstance(self, FSDPModule) and self.rate_term is not None and self.rate_weight:
-            (self.rate_weight * self.rate_term.bits()).backward()
+        if isinstance(self, FSDPModule) and self.rate_weights:
+            price(self.rate_terms, self.rate_weights).backward()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the sums over all validation tokens; not compiled, for which once more would be needed."""

@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 from rans_kernels.dense import expand_scale
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qat.config import RateConfig, RatePrice
-from qat.quant.convert import quantize_weight
+from qat.errors import UserError
+from qat.quant.control import rate_groups
+from qat.quant.convert import end_modules, quantize_weight, quantized_modules
 from qat.quant.modules import QATModule
 from qat.quant.scales import block_sums, grid, weight_scale
 from qat.quant.shards import held, summed, whole
@@ -183,7 +185,7 @@ def distinct_weights(modules: Mapping[str, M]) -> dict[str, M]:
 
 
 class RateTerm:
-    """The mean price of a model's quantised weights, and the histograms it rests on.
+    """The mean price of some quantised weights of a model, and the histograms it rests on.
 
     Weights that layers share count once. Every tensor has a histogram of its own, an exponential mean over refreshes.
     """
@@ -193,7 +195,7 @@ class RateTerm:
 
         Args:
             modules: fake-quantising layers by name; in use they must be on one device.
-            config: which price, and how long histograms remember.
+            config: which price, how long histograms remember, and the target of these layers.
             compile: fuse the price of a tensor into one pass (torch.compile).
         """
         self.modules = distinct_weights(modules)
@@ -267,6 +269,35 @@ class RateTerm:
         sizes = [module.weight.numel() for module in self.modules.values()]
         bits = share_entropy(torch.stack(shares))
         return float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
+
+
+def rate_terms(model: nn.Module, config: RateConfig, compile: bool = False) -> dict[str, RateTerm]:
+    """The terms of a prepared model's quantised weights, by group; see `rate_groups`.
+
+    Raises:
+        UserError: embedding and head have a target of their own, but there are no other layers, or they are stock.
+    """
+    configs, modules = rate_groups(config), quantized_modules(model)
+    ends = end_modules(model)
+    members = [modules] if len(configs) == 1 else [{n: m for n, m in modules.items() if n not in ends}, ends]
+    if not all(members):
+        raise UserError("rate.embedding_bits: needs embedding or head quantised, and other layers; set it to null")
+    return {group: RateTerm(m, configs[group], compile) for group, m in zip(configs, members, strict=True)}
+
+
+def price(terms: Mapping[str, RateTerm], weights: Mapping[str, float]) -> Tensor:
+    """What is added to the loss, in nats: a scalar with gradient.
+
+    Bits of every group are averaged over the weights of all groups: under equal weights a bit costs the same wherever
+    it is, as if there were one group.
+
+    Args:
+        terms: by group.
+        weights: nats a bit, by group.
+    """
+    total = sum(term.weights for term in terms.values())
+    parts = [weights[group] * term.weights / total * term.bits() for group, term in terms.items()]
+    return torch.stack(parts).sum()
 
 
 def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
