@@ -17,7 +17,7 @@ from qat.cli import compose
 from qat.errors import UserError
 from qat.lit.build import train
 from qat.ptq import Cost, Rounded, stored_cost
-from qat.quant import freeze, grid, quantize_weight, quantized_modules, set_fake_quant
+from qat.quant import distinct_weights, freeze, grid, quantize_weight, quantized_modules, set_fake_quant
 
 FULL = ["experiment=bookllama_rate"]
 # the rates of the full recipe; steps keep their proportions, and their common factor holds the target
@@ -118,7 +118,7 @@ def train_variant(name: str, training: Training, target: float | None) -> tuple[
         return model.to(torch.bfloat16).float(), Cost(16.0, 16.0)
     cost = stored_cost(
         Rounded(*quantize_weight(layer.weight, layer.quant_config, layer.log2_scale), grid(layer.quant_config)[1])
-        for layer in quantized_modules(model).values()
+        for layer in distinct_weights(quantized_modules(model)).values()
     )
     freeze(model)
     set_fake_quant(model, False)

@@ -23,7 +23,7 @@ from qat.errors import UserError
 from qat.model import check_output_logits, load_model, output_logits
 from qat.quant import prepare, set_fake_quant
 from qat.quant.control import freeze_step
-from qat.quant.rate import price, rate_terms
+from qat.quant.rate import rate_loss, rate_terms
 
 
 class QATModule(pl.LightningModule):
@@ -148,12 +148,12 @@ class QATModule(pl.LightningModule):
             # the price: see on_before_optimizer_step. No view of the sums: fsdp puts a hook on what is returned
             return result.loss.clone()
         # the same for every micro-batch: once a step, and lightning divides by their number
-        return result.loss + accumulate * price(self.rate_terms, self.rate_weights)
+        return result.loss + accumulate * rate_loss(self.rate_terms, self.rate_weights)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Where weights are sharded, add the gradient of the price: of each process' own rows, behind the reduction."""
         if isinstance(self, FSDPModule) and self.rate_weights:
-            price(self.rate_terms, self.rate_weights).backward()
+            rate_loss(self.rate_terms, self.rate_weights).backward()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the sums over all validation tokens; not compiled, for which once more would be needed."""

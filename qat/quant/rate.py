@@ -285,7 +285,7 @@ def rate_terms(model: nn.Module, config: RateConfig, compile: bool = False) -> d
     return {group: RateTerm(m, configs[group], compile) for group, m in zip(configs, members, strict=True)}
 
 
-def price(terms: Mapping[str, RateTerm], weights: Mapping[str, float]) -> Tensor:
+def rate_loss(terms: Mapping[str, RateTerm], weights: Mapping[str, float]) -> Tensor:
     """What is added to the loss, in nats: a scalar with gradient.
 
     Bits of every group are averaged over the weights of all groups: under equal weights a bit costs the same wherever
