@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks.frontier import METHODS, Candidate, Method, draw, locked, main, merge
-from benchmarks.trained import RECIPES
+from benchmarks.trained import RECIPES, Training
+from qat.cli import compose
 from qat.errors import UserError
 from qat.model import load_model
 
@@ -76,6 +77,18 @@ def test_every_recipe_trains_to_the_target_and_a_broken_one_loses_no_others(run,
         assert row["training"] == {"tokens": 12000, "steps": 4, "overrides": words[-3:]}
         # a container this small jumps from split to split
         assert abs(row["bits"] - (16 if name == "finetune" else 8)) < 0.3, name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_whole_model_meets_the_target_with_the_ends_half_a_bit_above(tiny_llama, tmp_path, tied):
+    folder = tiny_llama(tie_word_embeddings=tied)
+    training = Training(folder, ["x"], "y", 1000, 10, 1, 1, "c", "cpu")
+    config = compose("train", *training.words("rate-whole", 3.0, tmp_path))
+    ends = 300 * 48 * (1 if tied else 2)
+    total = ends + sum(p.numel() for name, p in load_model(folder).named_parameters() if "proj" in name)
+    target, own = config.rate.target_bits, config.rate.embedding_bits
+    assert own == pytest.approx(target + 0.5)
+    assert own * ends + target * (total - ends) == pytest.approx(3.0 * total)
 
 
 def test_calls_at_the_same_time_keep_each_others_rows(tmp_path):
