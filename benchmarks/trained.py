@@ -38,14 +38,16 @@ RECIPES: dict[str, list[str]] = {
     "rate-row": [*FULL, "quant.granularity=per_channel"],
     "rate-whole": WHOLE,
     "rate-together": WHOLE,
+    "rate-fast": [*FULL, "rate.profile=fast", "rate.fit=true"],
     "ste": PLAIN,
     "ste-layer": [*PLAIN, "quant.granularity=per_tensor"],
     "ste-decay": [*PLAIN, "optim.weight_decay=0.3"],
     "finetune": ["quant=none", "optim.lr=5e-4"],
 }
 """`rate` is the full recipe, the next ones lack a part or have another. `rate-whole` codes embedding and head too, at
-a target of their own, `rate-together` with one target for everything. `ste` is fake quantisation alone, one step a row,
-`ste-decay` with weight decay; `finetune` is not quantised and has no target."""
+a target of their own, `rate-together` with one target for everything, `rate-fast` is for the export of that profile.
+`ste` is fake quantisation alone, one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no
+target."""
 UNTARGETED = {"finetune"}
 OWN_TARGET = {"rate-whole"}
 ABOVE = 0.5
@@ -135,17 +137,19 @@ def train_variant(name: str, training: Training, target: float | None) -> tuple[
             f"--tokens {training.tokens} is less than a step of {training.batch} windows of {training.seq_len}"
         )
     with tempfile.TemporaryDirectory() as folder:
-        run = train(compose("train", *training.words(name, target, Path(folder))))
+        config = compose("train", *training.words(name, target, Path(folder)))
+        run = train(config)
         model: Any = load_fake_quant(run / "checkpoints" / "last.ckpt")
     # a run is full of cycles, and other processes may want the memory
     gc.collect()
     torch.cuda.empty_cache()
     if not quantized_modules(model):
         return model.to(torch.bfloat16).float(), Cost(16.0, 16.0)
-    cost = stored_cost(
+    layers = (
         Rounded(*quantize_weight(layer.weight, layer.quant_config, layer.log2_scale), grid(layer.quant_config)[1])
         for layer in distinct_weights(quantized_modules(model)).values()
     )
+    cost = stored_cost(layers, config.rate.profile.value)
     freeze(model)
     set_fake_quant(model, False)
     return model, cost

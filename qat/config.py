@@ -206,6 +206,8 @@ class RateConfig:
     """Growth of log(weight) an optimiser step, for a bit above the target."""
     profile: Profile = Profile.compact
     """Of the container whose bits are measured: that of the export to come."""
+    fit: bool = False
+    """For profile fast: with every histogram, put weights inside the range of bits that their layer best has."""
     panels: int = 4
     """Panels of 16 rows of every tensor that are coded to measure what the container adds to the entropy."""
 

@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qat.checkpoint import read_checkpoint
 from qat.cli import run_dir
-from qat.config import Granularity, Hold, RatePrice, ScaleRule, TrainConfig, to_plain
+from qat.config import Granularity, Hold, Profile, RatePrice, ScaleRule, TrainConfig, to_plain
 from qat.errors import UserError
 from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, TrainMetrics
 from qat.lit.data import TextDataModule, accumulate_grad_batches
@@ -178,6 +178,10 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         f"rate.weight={rate.weight}: must be positive": rate.weight is None or rate.weight > 0,
         f"rate.ema={rate.ema}: must be from 0 to below 1": 0 <= rate.ema < 1,
         f"rate.every={rate.every}: must be at least 1": rate.every >= 1,
+        "rate.fit=true: needs rate.profile=fast, whose code has ranges": not rate.fit or rate.profile is Profile.fast,
+        "rate.fit=true: needs rate.freeze, or weights may leave the range again, and a price or a target": (
+            not rate.fit or (rate.freeze > 0 and (priced or rate.target_bits is not None))
+        ),
         f"rate.panels={rate.panels}: must be at least 1": rate.panels >= 1,
         f"rate.proportional={rate.proportional}: must not be negative": rate.proportional >= 0,
         f"rate.integral={rate.integral}: must not be negative": rate.integral >= 0,

@@ -27,7 +27,7 @@ class Steered:
     Attributes:
         controller: holds the group to its target.
         shares: histograms by layer, the very dict of the group's RateTerm.
-        overhead: bits a weight that the container adds, as last measured.
+        overhead: bits a weight that the container adds to an ideal code, as last measured.
     """
 
     controller: BitsController
@@ -46,18 +46,21 @@ class Steered:
 
     def container(self, term: RateTerm) -> float:
         """Stored bits a weight, with the overhead measured anew."""
-        bits = overhead_bits(term.modules, term.config.profile.value, term.config.panels)
+        bits = overhead_bits(term.modules, term.config.profile.value, term.config.panels, term.config.fit)
         term.overheads = {name: bits[name] / module.weight.numel() for name, module in term.modules.items()}
-        self.overhead = sum(bits.values()) / term.weights
-        return term.entropy() + self.overhead
+        stored = term.entropy() + sum(bits.values()) / term.weights
+        self.overhead = stored - term.coded_bits
+        return stored
 
     def update(self, step: int, term: RateTerm, kl: float | None) -> dict[str, float]:
         """Take a histogram after optimiser step `step`, and KL since the last one, into account; gives what to log."""
         if self.overhead is None:
             self.container(term)
         assert self.overhead is not None
+        if term.config.fit:
+            term.fit()
         entropy = term.refresh()
-        stored = entropy + self.overhead
+        stored = term.coded_bits + self.overhead
         self.controller.update(step, stored, kl)
         metrics = {"entropy": entropy, "stored": stored}
         if term.config.price is not RatePrice.none:
@@ -173,6 +176,8 @@ class RateControl(pl.Callback):
             if term.config.target_bits is not None:
                 measure = partial(self.groups[group].container, term)
                 term.land(measure, term.config.target_bits, self.config.land)
+            if term.config.fit:
+                term.fit()
         freeze(module.model)
         self.frozen = True
 

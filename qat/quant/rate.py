@@ -17,15 +17,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from rans_kernels.coder.plan import choose_split, split_bits
 from rans_kernels.dense import expand_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qat.config import RateConfig, RatePrice
+from qat.config import Profile, RateConfig, RatePrice
 from qat.errors import UserError
 from qat.quant.control import rate_groups
 from qat.quant.convert import end_modules, quantize_weight, quantized_modules
+from qat.quant.fit import fit_integers, fit_weight, integer_counts
 from qat.quant.modules import QATModule
 from qat.quant.scales import block_sums, grid, weight_scale
 from qat.quant.shards import held, summed, whole
@@ -71,13 +73,6 @@ def weight_statistics(module: QATModule) -> dict[str, Any]:
         **percentiles,
         "counts": counts[128 - qmax : 129 + qmax].tolist(),
     }
-
-
-def integer_counts(q: Tensor) -> Tensor:
-    """How often every integer from -128 to 127 occurs in q, int8 of any shape: int64 [256] on its device."""
-    # not bincount, which makes the host wait for the GPU
-    places = q.reshape(-1).long() + 128
-    return torch.zeros(256, dtype=torch.int64, device=q.device).scatter_add_(0, places, torch.ones_like(places))
 
 
 def integer_shares(q: Tensor) -> Tensor:
@@ -203,6 +198,8 @@ class RateTerm:
         self.shares: dict[str, Tensor] = {}
         # what the container adds to a weight's entropy, in bits, where somebody has measured it
         self.overheads: dict[str, float] = {}
+        # of the integers last looked at, in the profile's code, bits a weight
+        self.coded_bits = 0.0
         # what prices rest on, from the histograms as they are; made when first asked for
         self._about: dict[str, Tensor] = {}
         self.config = config
@@ -211,8 +208,19 @@ class RateTerm:
 
     @torch.no_grad()
     def entropy(self) -> float:
-        """Entropy of the integers as they are, in bits a weight."""
-        return self._mean_entropy([integer_shares(module.integers()) for module in self.modules.values()])
+        """Entropy of the integers as they are stored, in bits a weight."""
+        return self._mean_entropy([integer_shares(q) for q in self.integers().values()])
+
+    @torch.no_grad()
+    def integers(self) -> dict[str, Tensor]:
+        """What would be stored now: int8 [N, K] by layer; with rate.fit in each one's range."""
+        found = {name: module.integers() for name, module in self.modules.items()}
+        return {name: fit_integers(q) for name, q in found.items()} if self.config.fit else found
+
+    def fit(self) -> None:
+        """Put weights where `integers` says, in place."""
+        for module in self.modules.values():
+            fit_weight(module)
 
     @torch.no_grad()
     def land(self, measure: Callable[[], float], target: float, octaves: float) -> None:
@@ -237,7 +245,7 @@ class RateTerm:
     @torch.no_grad()
     def refresh(self) -> float:
         """Take new histograms into account; gives the entropy of the integers as they are, in bits a weight."""
-        found = {name: integer_shares(module.integers()) for name, module in self.modules.items()}
+        found = {name: integer_shares(q) for name, q in self.integers().items()}
         for name, shares in found.items():
             past = self.shares.get(name, shares).to(shares.device)
             self.shares[name] = shares.lerp(past, self.config.ema)
@@ -268,7 +276,15 @@ class RateTerm:
     def _mean_entropy(self, shares: list[Tensor]) -> float:
         sizes = [module.weight.numel() for module in self.modules.values()]
         bits = share_entropy(torch.stack(shares))
-        return float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
+        entropy = float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
+        self.coded_bits = entropy
+        if self.config.profile is not Profile.compact:
+            # compact is within hundredths of the entropy, for which the host need not read every histogram
+            counts = [(s * n).round().long().cpu().numpy() for s, n in zip(shares, sizes, strict=True)]
+            splits = [choose_split(c, self.config.profile.value) for c in counts]
+            coded = (split_bits(c, split) * n for c, split, n in zip(counts, splits, sizes, strict=True))
+            self.coded_bits = sum(coded) / self.weights
+        return entropy
 
 
 def rate_terms(model: nn.Module, config: RateConfig, compile: bool = False) -> dict[str, RateTerm]:

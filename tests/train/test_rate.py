@@ -12,7 +12,7 @@ import torch
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import compose
-from qat.config import Hold, RatePrice, ScaleRule, TrainConfig
+from qat.config import Granularity, Hold, Profile, RatePrice, ScaleRule, TrainConfig
 from qat.errors import UserError
 from qat.export import export
 from qat.lit import build
@@ -111,6 +111,31 @@ def test_embedding_and_head_land_on_a_target_of_their_own(
         assert list(metrics(folder, f"{group}/container").values())[-1] == pytest.approx(bits, abs=2e-3)
 
 
+def test_weights_that_fit_have_finer_steps_at_the_same_stored_bits(
+    make_rate_config: MakeRateConfig, tmp_path: Path
+) -> None:
+    found: dict[bool, Any] = {}
+    for fit in (False, True):
+        config = make_rate_config(
+            30, target_bits=11.5, profile=Profile.fast, fit=fit, hold=Hold.steps, lead=0.5, freeze=0.2, weight=0.1
+        )
+        config.name, config.optim.lr, config.optim.scale_lr = f"fit-{fit}", 1e-3, 1e-3
+        config.quant.granularity = Granularity.per_tensor
+        folder = build.train(config)
+        output = tmp_path / f"exported-{fit}"
+        source = f"source={folder / 'checkpoints' / 'last.ckpt'}"
+        export(compose("export", source, f"output={output}", "profile=fast"))
+        report = json.loads((output / "export_report.json").read_text())
+        assert report["summary"]["bits"] == pytest.approx(11.5, abs=0.25)
+        assert metrics(folder, "rate/container")[30] == pytest.approx(report["summary"]["bits"], abs=2e-3)
+        found[fit] = list(integers(folder).values()), metrics(folder, "quant/entropy")[30]
+        splits = [row["split"] for row in report["layers"] if row["kind"] != "plain"]
+        assert (set(splits) == {"c1r3"}) is fit
+    assert all(q.min() >= -8 and q.max() <= 7 for q in found[True][0])
+    # at the same stored bits steps are finer
+    assert found[True][1] > found[False][1] + 0.1
+
+
 @pytest.mark.parametrize("far", ["target_bits", "embedding_bits", None])
 def test_a_state_is_on_target_only_if_both_groups_are(make_rate_config: MakeRateConfig, far: str | None) -> None:
     def prepared(**rate: Any) -> TrainConfig:
@@ -183,6 +208,9 @@ def test_a_checkpoint_of_frozen_integers_computes_as_it_trained(make_rate_config
         ("rate.target_bits", {"target_bits": 3.0, "price": RatePrice.none}),
         ("rate.target_bits", {"target_bits": -1.0}),
         ("rate.embedding_bits", {"target_bits": 3.0, "embedding_bits": 4.0}),
+        ("rate.fit", {"fit": True, "freeze": 0.1}),
+        ("rate.fit", {"fit": True, "profile": Profile.fast}),
+        ("rate.fit", {"fit": True, "profile": Profile.fast, "freeze": 0.1, "price": RatePrice.none}),
         ("rate.lead", {"lead": 0.5}),
         ("rate.weight", {"weight": None}),
         ("rate.freeze", {"freeze": 1.0}),

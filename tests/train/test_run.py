@@ -20,7 +20,17 @@ from transformers import AutoTokenizer
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import CONFIG_DIR, run_dir
-from qat.config import Hold, LoggerMode, QuantConfig, RatePrice, Rounding, TrainConfig, register_schemas, to_plain
+from qat.config import (
+    Hold,
+    LoggerMode,
+    Profile,
+    QuantConfig,
+    RatePrice,
+    Rounding,
+    TrainConfig,
+    register_schemas,
+    to_plain,
+)
 from qat.errors import UserError
 from qat.lit import build
 from qat.lit.callbacks import Checkpoints
@@ -137,6 +147,8 @@ def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
     rate = {"price": price, "target_bits": 12.0, "embedding_bits": embedding_bits, "freeze": 0.34, "every": 3}
     if price is RatePrice.prior:
         rate |= {"hold": Hold.steps, "weight": None, "lead": 0.5}
+    elif embedding_bits is not None:
+        rate |= {"profile": Profile.fast, "fit": True}
 
     def prepared(name: str) -> TrainConfig:
         config = make_rate_config(12, **rate)
