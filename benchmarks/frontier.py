@@ -46,6 +46,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#882255"]
 MARKERS = "os^D"
+SAME_BITS = 0.01
+"""Bits a weight within which an exported folder takes what was reckoned."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Candidate:
         bits: stored bits a weight of the compressed layers, everything counted.
         entropy: of their integers, bits a weight.
         knob: setting that met the target, or None.
-        training: tokens, steps and the overrides of a method that trains.
+        training: of a method that trains: tokens, steps, overrides, seconds by stage, tokens a second of training.
+        consistency: of its export, `benchmarks.trained.Variant.consistency`.
     """
 
     model: PreTrainedModel
@@ -65,6 +68,7 @@ class Candidate:
     entropy: float
     knob: float | None = None
     training: dict[str, Any] | None = None
+    consistency: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,17 @@ def by_training(name: str, study: Study, target: float | None) -> Candidate:
     training = study.training
     if training is None:
         raise UserError(f"{name} trains: give it text with --train")
-    model, cost = train_variant(name, training, target)
-    notes = {"tokens": training.tokens, "steps": training.steps, "overrides": training.overrides}
-    return Candidate(model.to(study.device), cost.bits, cost.entropy, training=notes)  # type: ignore[arg-type]
+    made = train_variant(name, training, target)
+    model: Any = made.model
+    trained_on = training.steps * training.batch * training.seq_len
+    notes = {
+        "tokens": training.tokens,
+        "steps": training.steps,
+        "overrides": training.overrides,
+        "seconds": made.seconds,
+        "tokens_per_second": round(trained_on / max(made.seconds["training"], 0.1)),
+    }
+    return Candidate(model.to(study.device), made.cost.bits, made.cost.entropy, None, notes, made.consistency)
 
 
 METHODS: dict[str, Method] = {
@@ -180,16 +192,48 @@ def measure(study: Study, judge: Judge, name: str, target: float | None) -> dict
     begin = time.perf_counter()
     made = METHODS[name].make(study, target)
     seconds = time.perf_counter() - begin
+    figures = judge.figures(made.model)
+    if made.training is not None:
+        made.training["seconds"]["judging"] = round(time.perf_counter() - begin - seconds, 1)
     return {
         "method": name,
         "target_bits": target,
         "bits": round(made.bits, 4),
         "entropy": round(made.entropy, 4),
-        **judge.figures(made.model),
+        **figures,
         "seconds": round(seconds, 1),
         "knob": None if made.knob is None else round(made.knob, 5),
         "training": made.training,
+        "consistency": made.consistency,
     }
+
+
+def broken_promises(row: dict[str, Any]) -> list[str]:
+    """What is wrong with the export of a row: it generates other tokens, or takes other bits than were reckoned.
+
+    On a CPU logits have to be equal as well; on a GPU the two models run different kernels.
+    """
+    found = row["consistency"]
+    if found is None:
+        return []
+    who = f"{row['method']} at {row['target_bits']}"
+    if "error" in found:
+        return [f"{who}: not compared with its export: {found['error']}"]
+    where, wrong = f"on {found['device']} in {found['dtype']}", []
+    if found["divergent_tokens"]:
+        wrong.append(f"{who}: {found['divergent_tokens']:,} divergent tokens of {found['tokens']:,} {where}")
+    elif found["device"] == "cpu" and not found["logits_equal"]:
+        wrong.append(f"{who}: logits of the exported model differ {where}")
+    if abs(found["stored_bits"] - row["bits"]) > SAME_BITS:
+        wrong.append(f"{who}: {row['bits']} bits were reckoned, the exported folder stores {found['stored_bits']}")
+    return wrong
+
+
+def clock(row: dict[str, Any]) -> str:
+    """Where the time of a row that was trained went."""
+    notes = row["training"]
+    stages = ", ".join(f"{stage} {seconds} s" for stage, seconds in notes["seconds"].items())
+    return f"{row['method']} at {row['target_bits']}: {stages}; trained on {notes['tokens_per_second']:,} tokens/s"
 
 
 @contextmanager
@@ -289,6 +333,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="windows of an optimiser step")
     parser.add_argument("--micro-batch", type=int, default=64, help="windows at once, at most; a divisor of the batch")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of train.py, for all that train")
+    parser.add_argument("--consistency", type=int, default=0, metavar="PROMPTS",
+                        help="export what was trained, and compare the tokens that both models generate")  # fmt: skip
+    parser.add_argument("--consistency-device", help="to compare on, if not --device: on cpu not a bit may differ")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for checkpoints and exports of what was trained")
     parser.add_argument("--seq-len", type=int, default=512, help="predicted tokens of a window")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", default="~/.cache/codecllm", help="tokenised text")
@@ -317,6 +365,7 @@ def main(words: Sequence[str] | None = None) -> None:
     training = Training(
         args.model, args.train, args.valid[0][1], args.tokens, args.seq_len, args.batch,
         min(args.batch, args.micro_batch), args.cache, "gpu" if device.type == "cuda" else device.type, args.set,
+        args.consistency, str(pick_device(args.consistency_device or args.device)), args.keep, args.label,
     ) if args.train else None  # fmt: skip
     study = Study(args.model, calibration, device, training)
     path = args.results / f"frontier-{args.model.name}.json"
@@ -334,6 +383,9 @@ def main(words: Sequence[str] | None = None) -> None:
             continue
         row["method"] += args.label
         print(json.dumps(row), flush=True)
+        if row["training"]:
+            print(clock(row), flush=True)
+        failures += broken_promises(row)
         # after every row: a long run that is cut short leaves what it has
         with locked(path):
             everything = merge(path, setting, [row])

@@ -98,7 +98,7 @@ class ModelConfig:
     revision: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
-    """torch.compile the network (not the LightningModule)."""
+    """torch.compile the decoder layers, one for all that are alike."""
 
 
 @dataclass
@@ -221,6 +221,8 @@ class OptimConfig:
     """Rate of learned log2 scales; they have no weight decay."""
     norm_lr: float | None = None
     """Rate of the gains of norms, which with quant.columns are column factors; null is `lr`."""
+    embedding_lr: float | None = None
+    """Rate of the input embedding, and of a head tied to it; null is `lr`, 0 keeps them as they are."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [T, D] -> logits [T, V]."""
+Losses = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+"""`token_losses`, or what a compiler made of it."""
 
 
 class Distillation(NamedTuple):
@@ -61,6 +63,7 @@ def distillation_loss(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     chunk_tokens: int = 2048,
+    losses: Losses = token_losses,
 ) -> Distillation:
     """kl_weight * KL(teacher || student) * temperature^2 + ce_weight * cross-entropy, means over tokens.
 
@@ -74,6 +77,7 @@ def distillation_loss(
         ce_weight: of the cross-entropy.
         temperature: of the KL term.
         chunk_tokens: tokens whose logits exist at once.
+        losses: of a chunk. As it is, its dozen passes over the logits take a third of a small model's step.
     """
 
     def chunk_loss(student: Tensor, teacher: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +85,7 @@ def distillation_loss(
         if teacher is not None and teacher_head is not None:
             with torch.no_grad():
                 teacher_logits = teacher_head(teacher)
-        kl, ce = token_losses(student_head(student), teacher_logits, target, temperature)
+        kl, ce = losses(student_head(student), teacher_logits, target, temperature)
         # a term of weight 0 has no part in the graph: its backward would be a [T, V] tensor of zeros
         terms = [weight * term for weight, term in ((kl_weight, kl), (ce_weight, ce)) if weight]
         return sum(terms, start=torch.zeros_like(ce)), kl.detach(), ce.detach()

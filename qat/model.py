@@ -13,6 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -85,6 +86,16 @@ def check_output_logits(model: PreTrainedModel, tokens: int = 8) -> None:
         raise UserError(
             f"{type(model).__name__} changes its logits behind the output head; this architecture cannot be trained"
         )
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile the decoder layers of a model in place; what the compiler makes of one serves all that are alike.
+
+    A model without layers that transformers knows as such is compiled as a whole.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in layers if layers else (model.base_model,):
+        module.compile(backend=backend)
 
 
 def _source(path: str | Path) -> str:

@@ -24,7 +24,7 @@ from qat.errors import UserError
 
 T = TypeVar("T")
 
-PACKAGES = ("codecllm", "torch", "transformers", "triton", "numpy", "lm_eval")
+PACKAGES = ("codecllm", "torch", "torchao", "transformers", "triton", "numpy", "lm_eval")
 
 
 def console() -> Console:

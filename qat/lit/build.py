@@ -138,6 +138,7 @@ def uses_rate(config: TrainConfig) -> bool:
 
 def _rate_checks(config: TrainConfig) -> dict[str, bool]:
     rate, quant, steps = config.rate, config.quant, config.trainer.max_steps
+    unfrozen = freeze_step(rate, steps) - quant.start_step
     learned, priced = quant.enabled and quant.scale is ScaleRule.learned, rate.price is not RatePrice.none
     return {
         f"rate.price={rate.price.value}: needs quantised layers, not quant=none": quant.enabled or not priced,
@@ -181,6 +182,9 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         "rate.fit=true: needs rate.profile=fast, whose code has ranges": not rate.fit or rate.profile is Profile.fast,
         "rate.fit=true: needs rate.freeze, or weights may leave the range again, and a price or a target": (
             not rate.fit or (rate.freeze > 0 and (priced or rate.target_bits is not None))
+        ),
+        f"rate.every={rate.every}: more than the {unfrozen} steps in which to approach rate.target_bits": (
+            rate.target_bits is None or rate.every <= unfrozen
         ),
         f"rate.panels={rate.panels}: must be at least 1": rate.panels >= 1,
         f"rate.proportional={rate.proportional}: must not be negative": rate.proportional >= 0,

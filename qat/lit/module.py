@@ -6,24 +6,24 @@ The teacher is no submodule: it is neither saved, nor wrapped by DDP, nor seen b
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_utils import PreTrainedModel
 
 from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
-from qat.distill import distillation_loss, token_sums
+from qat.distill import Losses, distillation_loss, token_losses, token_sums
 from qat.errors import UserError
-from qat.model import check_output_logits, load_model, output_logits
+from qat.model import check_output_logits, compile_layers, load_model, output_logits
 from qat.quant import prepare, set_fake_quant
 from qat.quant.control import freeze_step
-from qat.quant.rate import rate_loss, rate_terms
+from qat.quant.rate import pull_rate, rate_loss, rate_terms
 
 
 class QATModule(pl.LightningModule):
@@ -65,6 +65,7 @@ class QATModule(pl.LightningModule):
         """Before the first step, if the callback Start has measured it."""
         self.teacher: list[PreTrainedModel] = []
         """None or one; in a list, lest it becomes a submodule."""
+        self._losses: Losses = token_losses
         self._train_sums = torch.zeros(4)
         self._valid_sums = torch.zeros(4, dtype=torch.float64)
 
@@ -81,8 +82,12 @@ class QATModule(pl.LightningModule):
     @property
     def last_lr(self) -> float:
         """The rate that the weights were last stepped with."""
-        config = self.config.optim
-        return config.lr * self._lr_factor(self.global_step - 1)
+        return self.config.optim.lr * self.lr_share
+
+    @property
+    def lr_share(self) -> float:
+        """Of the peak rate, what the weights were last stepped with."""
+        return self._lr_factor(self.global_step - 1)
 
     def setup(self, stage: str) -> None:
         """Load the teacher, in the compute dtype, unless the loss has no use for one."""
@@ -92,13 +97,20 @@ class QATModule(pl.LightningModule):
             self.teacher = [teacher.requires_grad_(False)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count as this run does: its max_steps say which batch is the last, its devices how many make a step."""
+        """Count as this run does: its max_steps say which batch is the last, its devices how many make a step.
+
+        The learning rates of the next step, too, are those of this run's schedule, and not of the saved one.
+        """
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = False
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
             ahead = done - counts["ready"]
             counts.update({key: count + ahead for key, count in counts.items()})
+        factor = self._lr_factor(checkpoint["global_step"])
+        for optimizer in checkpoint["optimizer_states"]:
+            for group in optimizer["param_groups"]:
+                group["lr"] = group["initial_lr"] * factor
 
     def on_fit_start(self) -> None:
         """Put the teacher where the student is."""
@@ -109,7 +121,8 @@ class QATModule(pl.LightningModule):
         """Compile what is called below, in place; only now, since preparing the model looks into its blocks."""
         if self.config.model.compile:
             for model in (self.model, *self.teacher):
-                model.base_model.compile()
+                compile_layers(model)
+            self._losses = torch.compile(token_losses)
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for trainer.validate; fake quantisation as at this step."""
@@ -120,6 +133,9 @@ class QATModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set what depends on the step; random numbers (dropout) then repeat after a resume."""
         set_fake_quant(self.model, self.fake_quant_on)
+        if self.config.rate.price is RatePrice.table:
+            # lightning divides losses by the number of micro-batches, not this
+            pull_rate(self.rate_terms, self.rate_weights, 1 / self.trainer.accumulate_grad_batches)
         seed, rank, world = self.config.trainer.seed, self.trainer.global_rank, self.trainer.world_size
         torch.manual_seed((seed << 32) + batch_idx * world + rank)
 
@@ -137,22 +153,20 @@ class QATModule(pl.LightningModule):
             ce_weight=loss.ce,
             temperature=loss.temperature,
             chunk_tokens=loss.chunk_tokens,
+            losses=self._losses,
         )
         means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
         self.last_kl = result.kl.detach()
-        accumulate = self.trainer.accumulate_grad_batches
-        if not self.rate_weights or batch_idx % accumulate:
-            return result.loss
-        if isinstance(self, FSDPModule):
-            # the price: see on_before_optimizer_step. No view of the sums: fsdp puts a hook on what is returned
-            return result.loss.clone()
-        # the same for every micro-batch: once a step, and lightning divides by their number
-        return result.loss + accumulate * rate_loss(self.rate_terms, self.rate_weights)
+        # no view of the sums: fsdp puts a hook on what is returned
+        return result.loss.clone()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Where weights are sharded, add the gradient of the price: of each process' own rows, behind the reduction."""
-        if isinstance(self, FSDPModule) and self.rate_weights:
+        """Add the gradient of a price that the backward does not: of a process' own rows, behind the reduction.
+
+        Once a step, and where activations are gone: it is as large as the weights.
+        """
+        if self.rate_weights and self.config.rate.price is RatePrice.prior:
             rate_loss(self.rate_terms, self.rate_weights).backward()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -212,7 +226,11 @@ class QATModule(pl.LightningModule):
         """AdamW over groups with rates of their own; linear warm-up and cosine, and the same again once frozen."""
         config = self.config.optim
         optimizer = AdamW(
-            parameter_groups(self.model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+            parameter_groups(self.model, config),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=self.device.type == "cuda" or None,
         )
         scheduler = LambdaLR(optimizer, lambda step: self._lr_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -222,6 +240,8 @@ class QATModule(pl.LightningModule):
         frozen_from = freeze_step(self.config.rate, steps) if self.config.quant.enabled else steps
         if step < frozen_from:
             return lr_factor(step, frozen_from, config)
+        # a short phase that warmed up for most of its time would end at full rate
+        config = replace(config, warmup_steps=min(config.warmup_steps, (steps - frozen_from) // 5))
         return config.frozen_lr_ratio * lr_factor(step - frozen_from, steps - frozen_from, config)
 
     def _hidden(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -258,22 +278,29 @@ def lr_factor(step: int, max_steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: matrices (decay), embeddings and biases (none), norms, learned scales (own rates, none)."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices, rest, norms, scales = [], [], [], []
+    """Groups for AdamW: matrices (decay), biases (none), embeddings, norms, learned scales (own rates, none)."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices, rest, embeddings, norms, scales = [], [], [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith("weight_log2_scale"):
             scales.append(parameter)
-        elif parameter.ndim >= 2 and id(parameter) not in embeddings:
+        elif id(parameter) in tables:
+            embeddings.append(parameter)
+        elif parameter.ndim >= 2:
             matrices.append(parameter)
         elif name.endswith("norm.weight"):
             norms.append(parameter)
         else:
             rest.append(parameter)
+
+    def given(rate: float | None) -> float:
+        return config.lr if rate is None else rate
+
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": matrices, "weight_decay": config.weight_decay},
         {"name": "rest", "params": rest, "weight_decay": 0.0},
-        {"name": "norms", "params": norms, "weight_decay": 0.0, "lr": config.norm_lr or config.lr},
+        {"name": "embeddings", "params": embeddings, "weight_decay": 0.0, "lr": given(config.embedding_lr)},
+        {"name": "norms", "params": norms, "weight_decay": 0.0, "lr": given(config.norm_lr)},
         {"name": "scales", "params": scales, "weight_decay": 0.0, "lr": config.scale_lr},
     ]
     return [group for group in groups if group["params"]]

@@ -52,8 +52,15 @@ class Steered:
         self.overhead = stored - term.coded_bits
         return stored
 
-    def update(self, step: int, term: RateTerm, kl: float | None) -> dict[str, float]:
-        """Take a histogram after optimiser step `step`, and KL since the last one, into account; gives what to log."""
+    def update(self, step: int, term: RateTerm, kl: float | None, lr_share: float) -> dict[str, float]:
+        """Take a histogram after an optimiser step into account, and move steps; gives what to log.
+
+        Args:
+            step: number of the optimiser step.
+            term: of the group.
+            kl: since the last histogram, in nats; None if unknown.
+            lr_share: of the peak that the learning rate is at.
+        """
         if self.overhead is None:
             self.container(term)
         assert self.overhead is not None
@@ -68,8 +75,8 @@ class Steered:
                 metrics |= {"price": float(term.bits()), "weight": self.controller.weight}
         if term.config.target_bits is not None:
             metrics["target"] = self.controller.target(step)
-        if self.controller.octaves:
-            term.shift(self.controller.octaves)
+        if octaves := self.controller.octaves(lr_share):
+            term.shift(octaves)
         return metrics
 
 
@@ -159,7 +166,7 @@ class RateControl(pl.Callback):
         kl = self._take_kl(module)
         metrics: dict[str, float] = {}
         for group, term in module.rate_terms.items():
-            found = self.groups[group].update(module.global_step, term, kl)
+            found = self.groups[group].update(module.global_step, term, kl, module.lr_share)
             metrics |= {f"{group}/{key}": value for key, value in found.items()}
         module.write_metrics(metrics)
 

@@ -1,5 +1,6 @@
 """What is done to the base before the first step: columns rescaled, steps set to a target, weights rounded by GPTQ."""
 
+import time
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ SPAN = 8.0
 
 
 class Start(pl.Callback):
-    """Prepares a run that begins, on quant.calibration_windows of the training text; writes start/kl.
+    """Prepares a run that begins, on quant.calibration_windows of the training text; writes start/{kl,seconds}.
 
     It does what quant.columns, rate.lead and quant.rounding say, in this order. A resumed run finds it done.
     """
@@ -32,6 +33,7 @@ class Start(pl.Callback):
     def __init__(self, config: TrainConfig):
         """Args: config: of the run."""
         self.config = config
+        self._seconds = 0.0
 
     @torch.no_grad()
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -39,6 +41,7 @@ class Start(pl.Callback):
         assert isinstance(module, QATModule)
         if self.config.trainer.resume:
             return
+        begin = time.perf_counter()
         quant, model, device = self.config.quant, module.model, trainer.strategy.root_device
         module.to(device)
         batches = [batch.to(device) for batch in self._windows(trainer)]
@@ -59,6 +62,7 @@ class Start(pl.Callback):
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
         model.train()
+        self._seconds = time.perf_counter() - begin
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure what a run begins with."""
@@ -69,7 +73,7 @@ class Start(pl.Callback):
         module.model.eval()
         module.start_kl = module.divergence([batch.to(module.device) for batch in self._windows(trainer)])
         module.model.train()
-        module.write_metrics({"start/kl": module.start_kl})
+        module.write_metrics({"start/kl": module.start_kl, "start/seconds": self._seconds})
 
     def _windows(self, trainer: pl.Trainer) -> list[Tensor]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

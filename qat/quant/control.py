@@ -8,7 +8,9 @@ high rate D = c 2^(-2R), so that log w = log(2 ln2 D) at the optimum is linear i
     log w = a + proportional * e,   da/dstep = integral * e,   e = R - target
 
 With rate.hold=steps the controller is none: the price stays at 2 ln2 D, what it would have to be at the optimum, and
-all steps move together by the error, an octave being about a bit.
+all steps move together by half the error, and the less the lower the learning rate. An octave is a bit of weights that
+lie anywhere between two thresholds, but training gathers them there, the closer the lower its rate: bits then answer
+two to five times as strongly (bookllama-16m, 3 bits), and whole errors would swing for ever.
 
 If bits fall by g a step and unit of log w too high, nothing swings as long as 4 integral < g (proportional + 1.39)^2.
 """
@@ -18,6 +20,8 @@ from dataclasses import dataclass, replace
 
 from qat.config import Hold, RateConfig
 
+GAIN = 0.5
+"""Octaves that steps move for an error of a bit, at the peak of the learning rate."""
 LOWEST, HIGHEST = 1e-5, 1.0
 """Limits of the weight, in nats a bit; the integral stops there too, so that it comes back at once."""
 
@@ -55,10 +59,9 @@ class BitsController:
         steered = self.config.hold is Hold.weight
         return math.exp(_clamp(self.log_weight + self.config.proportional * self.error * steered))
 
-    @property
-    def octaves(self) -> float:
-        """By which all steps shall grow."""
-        return self.error if self.config.hold is Hold.steps else 0.0
+    def octaves(self, share: float) -> float:
+        """By which all steps shall grow; share: of the peak that the learning rate is at."""
+        return GAIN * share * self.error if self.config.hold is Hold.steps else 0.0
 
     def near(self, tolerance: float) -> bool:
         """Whether smoothed bits are within so many bits of `target_bits`; without a target, always."""

@@ -27,9 +27,12 @@ RANGES = [Split(1, raw_bits) for raw_bits in range(1, 8)]
 
 def integer_counts(q: Tensor) -> Tensor:
     """How often every integer from -128 to 127 occurs in q, int8 of any shape: int64 [256] on its device."""
-    # not bincount, which makes the host wait for the GPU
-    places = q.reshape(-1).long() + 128
-    return torch.zeros(256, dtype=torch.int64, device=q.device).scatter_add_(0, places, torch.ones_like(places))
+    # not bincount, which makes the host wait for the GPU. A count a column: few integers occur often, and a GPU adds to
+    # one place at a time
+    places = q.reshape(-1, q.shape[-1] if q.ndim > 1 else 1).long() + 128
+    one = torch.ones((), dtype=torch.int32, device=q.device)
+    counts = torch.zeros(256, places.shape[1], dtype=torch.int32, device=q.device)
+    return counts.scatter_add_(0, places, one.expand_as(places)).sum(1)
 
 
 def fitted_split(counts: NDArray[np.int64]) -> Split:

@@ -28,6 +28,8 @@ class QATModule(nn.Module):
     """False computes with the master weight."""
     frozen: Tensor | None
     """int8 [N, K] to compute with in place of the rounded weight, see `freeze_integers`; in no state_dict."""
+    price_slopes: Tensor | None
+    """float32 [256], of a price whose gradient the backward adds, see `fake_quantize`; in no state_dict."""
 
     @property
     def log2_scale(self) -> nn.Parameter | None:
@@ -39,7 +41,7 @@ class QATModule(nn.Module):
         qmax, group_size = grid(self.quant_config)
         scale = weight_scale(self.weight, self.quant_config, self.log2_scale)
         frozen = self._owner[0].frozen if self._owner else self.frozen
-        return fake_quantize(self.weight, scale, qmax, dtype, group_size, frozen)
+        return fake_quantize(self.weight, scale, qmax, dtype, group_size, frozen, self.price_slopes)
 
     @torch.no_grad()
     def scale(self) -> Tensor:
@@ -96,6 +98,7 @@ class QATModule(nn.Module):
         # in a tuple, or the owner would be registered as a submodule
         self._owner = () if owner is None else (owner,)
         self.register_buffer("frozen", None, persistent=False)
+        self.register_buffer("price_slopes", None, persistent=False)
         self.register_parameter("weight_log2_scale", None)
         if config.scale is ScaleRule.learned and owner is None:
             self.weight_log2_scale = nn.Parameter(weight_scale(self.weight, config).log2())

@@ -27,9 +27,10 @@ from qat.config import Profile, RateConfig, RatePrice
 from qat.errors import UserError
 from qat.quant.control import rate_groups
 from qat.quant.convert import end_modules, quantize_weight, quantized_modules
+from qat.quant.fake_quant import quantize
 from qat.quant.fit import fit_integers, fit_weight, integer_counts
 from qat.quant.modules import QATModule
-from qat.quant.scales import block_sums, grid, weight_scale
+from qat.quant.scales import grid, weight_scale
 from qat.quant.shards import held, summed, whole
 
 DEAREST = 12.0
@@ -80,6 +81,11 @@ def integer_shares(q: Tensor) -> Tensor:
     return integer_counts(q).double() / q.numel()
 
 
+def weight_shares(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None = None) -> Tensor:
+    """`integer_shares` of a weight [N, K] that is rounded; arguments as for `qat.quant.fake_quant.quantize`."""
+    return integer_shares(quantize(weight, scale, qmax, group_size))
+
+
 def share_entropy(shares: Tensor) -> Tensor:
     """Entropy of distributions [..., 256], in bits: [...]."""
     return torch.special.entr(shares).sum(-1) / math.log(2)
@@ -109,37 +115,16 @@ def table_bits(weight: Tensor, scale: Tensor, prices: Tensor, qmax: int, group_s
     Returns:
         A scalar; float32, or wider if the weight is.
     """
-    return _TableBits.apply(weight, scale, prices, qmax, group_size)
+    steps = _steps(weight, scale, group_size).clamp(-qmax, qmax) + 128
+    place, prices = steps.long(), prices.to(steps.dtype)
+    return (prices.take(place) + table_slopes(prices, qmax).take(place) * (steps - place)).sum()
 
 
-class _TableBits(torch.autograd.Function):
-    """By hand: a small model's step is mostly launches, and autograd through a checkpoint makes twice as many."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, prices: Tensor, qmax: int, group_size: int | None) -> Tensor:
-        ctx.save_for_backward(weight, scale, prices)
-        ctx.qmax, ctx.group_size = qmax, group_size
-        steps = _steps(weight, scale, group_size).clamp_(-qmax, qmax).add_(qmax)
-        place, prices = steps.long(), prices[128 - qmax : 129 + qmax].to(steps.dtype)
-        return prices.take(place).addcmul_(_slopes(prices).take(place), steps.sub_(place)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, prices = ctx.saved_tensors
-        steps = _steps(weight, scale, ctx.group_size)
-        clipped = steps.clamp(-ctx.qmax, ctx.qmax)
-        slopes = _slopes(prices[128 - ctx.qmax : 129 + ctx.qmax].to(steps.dtype) * grad)
-        slope = slopes.take((clipped + ctx.qmax).long()).masked_fill_(steps != clipped, 0)
-        slope.div_(expand_scale(scale, weight.shape[1], ctx.group_size))
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = -block_sums(steps.mul_(slope), scale.shape[0], ctx.group_size)
-        return slope.to(weight.dtype), grad_scale, None, None, None
-
-
-def _slopes(prices: Tensor) -> Tensor:
-    """What the next integer costs more; the last has none."""
-    return F.pad(prices.diff(), (0, 1))
+def table_slopes(prices: Tensor, qmax: int) -> Tensor:
+    """What every integer from -128 to 127 costs less than the next, [256] as `prices`; from qmax on 0."""
+    slopes = F.pad(prices.diff(), (0, 1))
+    slopes[128 + qmax :] = 0
+    return slopes
 
 
 def prior_bits(
@@ -191,7 +176,7 @@ class RateTerm:
         Args:
             modules: fake-quantising layers by name; in use they must be on one device.
             config: which price, how long histograms remember, and the target of these layers.
-            compile: fuse the price of a tensor into one pass (torch.compile).
+            compile: fuse the price of a tensor into one pass, and its histogram into another (torch.compile).
         """
         self.modules = distinct_weights(modules)
         self.weights = sum(module.weight.numel() for module in self.modules.values())
@@ -202,9 +187,11 @@ class RateTerm:
         self.coded_bits = 0.0
         # what prices rest on, from the histograms as they are; made when first asked for
         self._about: dict[str, Tensor] = {}
+        self._pulling: float | None = None
         self.config = config
         bits: Callable[..., Tensor] = table_bits if config.price is RatePrice.table else prior_bits
         self._bits = torch.compile(bits, dynamic=False) if compile else bits
+        self._shares = torch.compile(weight_shares, dynamic=False) if compile else weight_shares
 
     @torch.no_grad()
     def entropy(self) -> float:
@@ -245,33 +232,60 @@ class RateTerm:
     @torch.no_grad()
     def refresh(self) -> float:
         """Take new histograms into account; gives the entropy of the integers as they are, in bits a weight."""
-        found = {name: integer_shares(q) for name, q in self.integers().items()}
+        if self.config.fit:
+            found = {name: integer_shares(q) for name, q in self.integers().items()}
+        else:
+            found = {
+                name: self._shares(whole(module.weight), module.scale(), *grid(module.quant_config))
+                for name, module in self.modules.items()
+            }
         for name, shares in found.items():
             past = self.shares.get(name, shares).to(shares.device)
             self.shares[name] = shares.lerp(past, self.config.ema)
         self._about.clear()
+        self._pulling = None
         return self._mean_entropy(list(found.values()))
+
+    @torch.no_grad()
+    def pull(self, weight: float) -> None:
+        """Have every backward of the layers add the gradient of weight * bits(), until told otherwise; 0 for none.
+
+        For the price by table alone. Cheap if neither weight nor histograms have changed.
+        """
+        if weight == self._pulling:
+            return
+        self._pulling = weight
+        for name, module in self.modules.items():
+            qmax, _ = grid(module.quant_config)
+            slopes = table_slopes(self._prices(name), qmax) * (weight / self.weights) if weight else None
+            if slopes is None or module.price_slopes is None:
+                module.price_slopes = slopes
+            else:
+                module.price_slopes.copy_(slopes)
 
     def bits(self) -> Tensor:
         """Mean price in bits a weight, a scalar with gradient; the backward keeps nothing but weights and scales.
 
         Of a sharded model every process prices the rows that it holds: the mean is that of all, the gradient its own.
         """
-        noisy = self.config.price is RatePrice.prior
         total = []
         for name, module in self.modules.items():
             qmax, group_size = grid(module.quant_config)
-            if name not in self._about:
-                shares = self.shares[name].to(module.weight.device)
-                self._about[name] = logistic_spread(shares) if noisy else table_prices(shares)
             weight = held(module.weight)
             log2_scale = None if module.log2_scale is None else held(module.log2_scale)
             scale = weight_scale(weight, module.quant_config, log2_scale)
-            arguments = weight, scale, self._about[name], qmax, group_size
             # computed again in the backward: a weight matrix is large, and its price a few passes
-            bits = checkpoint(self._bits, *arguments, use_reentrant=False) if noisy else self._bits(*arguments)
+            bits = checkpoint(self._bits, weight, scale, self._prices(name), qmax, group_size, use_reentrant=False)
             total.append(summed(bits, module.weight))
         return torch.stack(total).sum() / self.weights
+
+    def _prices(self, name: str) -> Tensor:
+        """What the price of a tensor rests on: a table [256], or the spread of a distribution."""
+        if name not in self._about:
+            shares = self.shares[name].to(self.modules[name].weight.device)
+            noisy = self.config.price is RatePrice.prior
+            self._about[name] = logistic_spread(shares) if noisy else table_prices(shares)
+        return self._about[name]
 
     def _mean_entropy(self, shares: list[Tensor]) -> float:
         sizes = [module.weight.numel() for module in self.modules.values()]
@@ -311,9 +325,26 @@ def rate_loss(terms: Mapping[str, RateTerm], weights: Mapping[str, float]) -> Te
         terms: by group.
         weights: nats a bit, by group.
     """
-    total = sum(term.weights for term in terms.values())
-    parts = [weights[group] * term.weights / total * term.bits() for group, term in terms.items()]
+    parts = [weight * terms[group].bits() for group, weight in _over_all(terms, weights).items()]
     return torch.stack(parts).sum()
+
+
+def pull_rate(terms: Mapping[str, RateTerm], weights: Mapping[str, float], factor: float = 1.0) -> None:
+    """Have every backward of the layers add the gradient of factor * `rate_loss`, see `RateTerm.pull`.
+
+    Args:
+        terms: by group.
+        weights: nats a bit, by group; a group that is not there adds nothing.
+        factor: of all weights.
+    """
+    for group, weight in _over_all(terms, weights).items():
+        terms[group].pull(factor * weight)
+
+
+def _over_all(terms: Mapping[str, RateTerm], weights: Mapping[str, float]) -> dict[str, float]:
+    """Nats for a bit of a group's own mean, by group, 0 without a weight."""
+    total = sum(term.weights for term in terms.values())
+    return {group: weights.get(group, 0.0) * term.weights / total for group, term in terms.items()}
 
 
 def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:

@@ -5,15 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks.frontier import METHODS, Candidate, Method, draw, locked, main, merge
+from benchmarks import trained
+from benchmarks.frontier import METHODS, Candidate, Method, broken_promises, draw, locked, main, merge
 from benchmarks.trained import RECIPES, Training
+from qat.checkpoint import read_checkpoint
 from qat.cli import compose
 from qat.errors import UserError
 from qat.model import load_model
 
 KEYS = {"method", "target_bits", "bits", "entropy", "ppl", "ratio", "kl", "top1", "tokens", "seconds", "knob",
-        "training"}  # fmt: skip
+        "training", "consistency"}  # fmt: skip
 
 
 @pytest.fixture
@@ -74,7 +77,9 @@ def test_every_recipe_trains_to_the_target_and_a_broken_one_loses_no_others(run,
     rows = {row["method"].removesuffix("-x"): row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == [name for name in RECIPES if name != "rate-dual"]
     for name, row in rows.items():
-        assert row["training"] == {"tokens": 12000, "steps": 4, "overrides": words[-3:]}
+        notes = row["training"]
+        assert (notes["tokens"], notes["steps"], notes["overrides"]) == (12000, 4, words[-3:])
+        assert notes["seconds"].keys() == {"start", "training", "judging"} and row["consistency"] is None
         # a container this small jumps from split to split
         assert abs(row["bits"] - (16 if name == "finetune" else 8)) < 0.3, name
 
@@ -89,6 +94,87 @@ def test_the_whole_model_meets_the_target_with_the_ends_half_a_bit_above(tiny_ll
     target, own = config.rate.target_bits, config.rate.embedding_bits
     assert own == pytest.approx(target + 0.5)
     assert own * ends + target * (total - ends) == pytest.approx(3.0 * total)
+
+
+CONSISTENCY = ["--bits", "8", "--tokens=12000", "--micro-batch=32", "--consistency=3", "--set",
+               "optim.warmup_steps=1", "rate.every=1", "optim.lr=1e-4"]  # fmt: skip
+TRAIN = ["--methods", "rate", *CONSISTENCY]
+
+
+def test_an_exported_row_generates_what_was_trained_and_is_kept(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trained, "NEW_TOKENS", 20)
+    words = [f"--train={tmp_path / 'c.txt'}", f"--keep={tmp_path / 'kept'}", "--label=-x", *TRAIN]
+    (row,) = run(*words)["rows"]
+    found = row["consistency"]
+    assert (found["prompts"], found["new_tokens"], found["tokens"]) == (3, 20, 60)
+    assert (found["divergent_tokens"], found["margin"], found["logits_equal"]) == (0, None, True)
+    assert (found["device"], found["dtype"]) == ("cpu", "float32")
+    assert found["stored_bits"] == row["bits"]
+    assert list(row["training"]["seconds"]) == ["start", "training", "export", "consistency", "judging"]
+    out = capsys.readouterr().out
+    assert "rate-x at 8.0: start" in out and "PASS" not in out
+    folder = tmp_path / "kept" / "rate-x-8"
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt").step == 4
+    report = json.loads((folder / "compressed" / "export_report.json").read_text())["summary"]
+    assert (report["profile"], report["bits"]) == ("compact", row["bits"])
+    # nothing kept is written over, and that shows before the training
+    with pytest.raises(UserError, match="--keep"):
+        run(*words)
+
+
+@pytest.mark.parametrize(("name", "profile"), [("rate-fast", "fast"), ("rate-whole", "compact")])
+def test_a_row_is_exported_in_the_profile_of_its_recipe(run, monkeypatch, tmp_path, name, profile):
+    monkeypatch.setattr(trained, "NEW_TOKENS", 20)
+    words = [f"--train={tmp_path / 'c.txt'}", f"--keep={tmp_path / 'kept'}", "--methods", name, *CONSISTENCY]
+    (row,) = run(*words)["rows"]
+    found = row["consistency"]
+    assert (found["divergent_tokens"], found["margin"], found["logits_equal"]) == (0, None, True)
+    assert found["stored_bits"] == row["bits"]
+    report = json.loads((tmp_path / "kept" / f"{name}-8" / "compressed" / "export_report.json").read_text())
+    assert report["summary"]["profile"] == profile
+
+
+def test_a_divergent_token_fails_the_call_and_keeps_the_row(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(trained, "NEW_TOKENS", 20)
+    export = trained.export
+
+    def damaged(config):
+        folder = export(config)
+        shards = load_file(folder / "model.safetensors")
+        shards["model.norm.weight"] = -shards["model.norm.weight"]
+        save_file(shards, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    monkeypatch.setattr(trained, "export", damaged)
+    with pytest.raises(UserError, match=r"rate at 8.0: [0-9]+ divergent tokens of 60 on cpu in float32"):
+        run(f"--train={tmp_path / 'c.txt'}", *TRAIN)
+    (path,) = tmp_path.glob("frontier-*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["consistency"]["divergent_tokens"] > 0 and row["consistency"]["margin"] > 0
+
+
+def test_a_comparison_that_breaks_costs_no_row(run, tmp_path):
+    # 64 tokens of a prompt and 256 new ones are more than the tiny model takes
+    with pytest.raises(UserError, match="rate at 8.0: not compared.*context"):
+        run(f"--train={tmp_path / 'c.txt'}", *TRAIN)
+    assert len(list(tmp_path.glob("frontier-*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"device": "cuda:0", "logits_equal": False}, None),
+        ({"logits_equal": False}, "logits"),
+        ({"divergent_tokens": 1}, "1 divergent tokens of 20"),
+        ({"stored_bits": 3.02}, "3.02"),
+    ],
+)
+def test_what_breaks_a_promise(change, message):
+    found = {"divergent_tokens": 0, "tokens": 20, "logits_equal": True, "device": "cpu", "dtype": "float32",
+             "stored_bits": 3.0} | change  # fmt: skip
+    wrong = broken_promises({"method": "a", "target_bits": 3.0, "bits": 3.001, "consistency": found})
+    assert not wrong if message is None else message in wrong[0]
 
 
 def test_calls_at_the_same_time_keep_each_others_rows(tmp_path):

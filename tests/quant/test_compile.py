@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qat.config import Granularity, QuantConfig, ScaleRule
+from qat.model import compile_layers
 from qat.quant import convert, freeze, prepare, set_fake_quant
 
 
@@ -77,6 +78,31 @@ def test_a_hugging_face_model_generates_the_same_tokens_after_convert():
     dense = convert(model)
     assert torch.equal(dense(prompt).logits, logits)
     assert torch.equal(dense.generate(prompt, **greedy), expected)
+
+
+@pytest.mark.parametrize("granularity", [Granularity.per_tensor, Granularity.per_channel])
+def test_decoder_layers_are_compiled_once_for_all(granularity):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 63, "num_hidden_layers": 5, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, **shape)).train()
+    prepare(model, QuantConfig(bits=3, scale=ScaleRule.learned, granularity=granularity))
+    ids = torch.randint(97, (3, 5))
+
+    def run():
+        model.zero_grad()
+        out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        out.square().sum().backward()
+        return out.detach(), [p.grad for p in model.base_model.parameters()]
+
+    expected, wanted = run()
+    compile_layers(model, "aot_eager")
+    torch._dynamo.utils.counters.clear()
+    got, gradients = run()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(got, expected)
+    assert all(map(torch.equal, gradients, wanted))
 
 
 def train(rank: int, world: int, x: torch.Tensor, model: nn.Module) -> None:

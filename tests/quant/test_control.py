@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from qat.config import RateConfig, RatePrice
+from qat.config import Hold, RateConfig, RatePrice
 from qat.quant.control import HIGHEST, LOWEST, BitsController, freeze_step, ramp_end
 
 STEPS = 1000
@@ -49,6 +49,23 @@ def test_the_target_is_a_ramp_from_the_first_measurement() -> None:
     controller = BitsController.fresh(config, 400)
     controller.update(0, 5.0)
     assert [controller.target(step) for step in (0, 50, 100, 400)] == [5, 4, 3, 3]
+
+
+@pytest.mark.parametrize("answer", [1.0, 2.0, 4.0])
+def test_steps_lead_to_the_target_and_do_not_swing(answer: float) -> None:
+    # bits of weights that gather at thresholds as the learning rate falls answer more strongly to a common factor
+    config = RateConfig(target_bits=3.0, hold=Hold.steps, ramp=0.2)
+    controller, bits, errors = BitsController.fresh(config, STEPS), 3.6, []
+    for step in range(0, STEPS, config.every):
+        share = 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        controller.update(step, bits)
+        bits -= controller.octaves(share) * min(answer, 1 / share)
+        # what training does to them by itself
+        bits += 0.01 * share
+        errors.append(abs(controller.error))
+    assert max(errors) < 0.15 and max(errors[STEPS // 2 // config.every :]) < 0.03
+    # the last fifth, in which whole errors would have swung ever wider
+    assert errors[-1] <= errors[-STEPS // 5 // config.every]
 
 
 def test_without_a_target_the_weight_is_the_configured_one() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.config import QuantConfig, RateConfig, RatePrice, ScaleRule
+from qat.config import Granularity, QuantConfig, RateConfig, RatePrice, ScaleRule
 from qat.errors import UserError
 from qat.quant import clipped_fraction, entropy, prepare, weight_statistics
 from qat.quant.rate import (
@@ -14,6 +14,7 @@ from qat.quant.rate import (
     integer_shares,
     logistic_spread,
     prior_bits,
+    pull_rate,
     rate_loss,
     rate_terms,
     share_entropy,
@@ -121,6 +122,39 @@ def test_beyond_the_clip_there_is_no_pull(price: RatePrice):
     assert (layer.weight.grad != 0).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [ScaleRule.learned, ScaleRule.std])
+@pytest.mark.parametrize("granularity", Granularity)
+def test_a_backward_can_add_the_gradient_of_the_price(granularity: Granularity, scale: ScaleRule, compiled: bool):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = QuantConfig(bits=4, scale=scale, init=ScaleRule.std, k=0.3, granularity=granularity, group_size=32)
+    layer = prepare(nn.Linear(70, 12), config)
+    term = RateTerm({"layer": layer}, RateConfig(price=RatePrice.table))
+    term.refresh()
+    x = torch.randn(5, 70)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+
+    def gradients() -> list[Tensor]:
+        found = [parameter.grad for parameter in layer.parameters()]
+        layer.zero_grad()
+        return found
+
+    run(x).square().sum().backward()
+    (300 * term.bits()).backward()
+    expected = gradients()
+    # by two micro-batches; a price that was is forgotten
+    for weight in (40.0, 150.0):
+        term.pull(weight)
+    for part in (x[:2], x[2:]):
+        run(part).square().sum().backward()
+    torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-4)
+    term.pull(0.0)
+    run(x).square().sum().backward()
+    plain = gradients()
+    assert (plain[0] - expected[0]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("step", [0.129, 0.259, 0.522])
 def test_both_prices_of_a_gaussian_are_its_entropy_within_a_twentieth(step: float):
     layer = gaussian_layer(step, rows=256)
@@ -185,6 +219,37 @@ def test_a_bit_costs_what_it_would_in_one_group_times_the_weight_of_its_own(tiny
     for factor, one, same, own in zip((3.0, 0.5), together, apart, weighted, strict=True):
         torch.testing.assert_close(same, one)
         torch.testing.assert_close(own, factor * one)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_pull_in_the_gradient_of_the_loss(tiny, tied: bool):
+    config = QuantConfig(embeddings=True, lm_head=True, scale=ScaleRule.learned, init=ScaleRule.std)
+    model = prepare(tiny(tied), config)
+    terms = rate_terms(model, RateConfig(price=RatePrice.table, target_bits=3.0, embedding_bits=4.0))
+    for term in terms.values():
+        term.refresh()
+    weights = {"rate": 30.0, "rate/embedding": 200.0}
+    ids = torch.arange(8).reshape(4, 2)
+
+    def gradients(*batches: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            model(batch).square().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    plain = gradients(ids)
+    rate_loss(terms, weights).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    # by two micro-batches
+    pull_rate(terms, weights, 1 / 2)
+    torch.testing.assert_close(gradients(ids[:2], ids[2:]), expected, rtol=1e-4, atol=1e-4)
+    for name in ("embed.weight", "up.weight", "embed.weight_log2_scale", "up.weight_log2_scale"):
+        assert (expected[name] - plain[name]).abs().max() > 0.01, name
+    # a group without a weight adds nothing
+    pull_rate(terms, {"rate": 30.0})
+    found = gradients(ids)
+    torch.testing.assert_close(found["embed.weight"], plain["embed.weight"])
+    torch.testing.assert_close(found["up.weight"], expected["up.weight"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])

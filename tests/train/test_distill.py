@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.distill import distillation_loss, token_sums
+from qat.distill import distillation_loss, token_losses, token_sums
 
 VOCABULARY = 13
 
@@ -74,6 +74,16 @@ def test_chunks_change_neither_loss_nor_gradients(chunk_tokens: int) -> None:
     expected = torch.autograd.grad(0.6 * kl + 0.4 * ce, leaves)
     torch.testing.assert_close(result.loss, 0.6 * kl + 0.4 * ce, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_losses_are_those_of_eager_ones() -> None:
+    models = Models(63)
+    leaves = [models.student, models.student_head.weight]
+    found = []
+    for losses in (token_losses, torch.compile(token_losses)):
+        result = distillation_loss(*models.arguments, kl_weight=0.6, ce_weight=0.4, chunk_tokens=32, losses=losses)
+        found.append((*result, *torch.autograd.grad(result.loss, leaves)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
 def test_logits_of_one_chunk_exist_at_a_time() -> None:

@@ -110,17 +110,17 @@ def test_gradient_checkpointing_changes_no_gradient(make_config: MakeConfig, tmp
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(make_config: MakeConfig) -> None:
     module = QATModule(to_plain(make_config()))
     names = {id(p): name for name, p in module.model.named_parameters()}
-    optim = OptimConfig(lr=1.0, scale_lr=2.0, norm_lr=3.0, weight_decay=0.1)
+    optim = OptimConfig(lr=1.0, scale_lr=2.0, norm_lr=3.0, embedding_lr=0.0, weight_decay=0.1)
     groups = {g["name"]: g for g in parameter_groups(module.model, optim)}
     members = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
     assert sorted(n for group in members.values() for n in group) == sorted(names.values())
     assert members["scales"] == {n for n in names.values() if n.endswith("weight_log2_scale")}
     assert members["matrices"] == {n for n in names.values() if n.endswith("proj.weight")}
     assert members["norms"] == {n for n in names.values() if "norm" in n}
-    assert members["rest"] == {n for n in names.values() if "embed" in n}
-    assert [groups[key]["weight_decay"] for key in ("matrices", "rest", "norms", "scales")] == [0.1, 0, 0, 0]
-    assert [groups[key]["lr"] for key in ("norms", "scales")] == [3.0, 2.0]
-    assert "lr" not in groups["matrices"] | groups["rest"]
+    assert members["embeddings"] == {n for n in names.values() if "embed" in n}
+    assert [groups[key]["weight_decay"] for key in ("matrices", "embeddings", "norms", "scales")] == [0.1, 0, 0, 0]
+    assert [groups[key]["lr"] for key in ("norms", "scales", "embeddings")] == [3.0, 2.0, 0.0]
+    assert "lr" not in groups["matrices"]
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7, 40])

@@ -220,6 +220,8 @@ def test_a_checkpoint_of_frozen_integers_computes_as_it_trained(make_rate_config
         ("rate.land", {"land": -1.0}),
         ("rate.ema", {"ema": 1.0}),
         ("rate.every", {"every": 0}),
+        ("rate.every=13", {"target_bits": 3.0, "every": 13}),
+        ("rate.every=7", {"target_bits": 3.0, "every": 7, "freeze": 0.5}),
         ("rate.panels", {"panels": 0}),
         ("rate.integral", {"integral": -1.0}),
         ("rate.proportional", {"proportional": -1.0}),

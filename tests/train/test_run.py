@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from qat.lit.callbacks import Checkpoints
 from qat.lit.module import QATModule
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CLOCK = ("tokens/s", "start/seconds")
 MakeConfig = Callable[[], TrainConfig]
 
 
@@ -86,7 +88,7 @@ def metrics(folder: Path) -> dict[int, dict[str, float]]:
     """By step, of which each has one line, without the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len({line["step"] for line in lines}) == len(lines)
-    return {line["step"]: {k: v for k, v in line.items() if k != "tokens/s"} for line in lines}
+    return {line["step"]: {k: v for k, v in line.items() if k not in CLOCK} for line in lines}
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -163,6 +165,33 @@ def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
     config.trainer.resume = str(folder / "checkpoints" / "last.ckpt")
     run(config)
     assert_same_end(folder, unbroken)
+
+
+def test_an_extended_run_has_the_learning_rates_of_one_that_long(
+    make_config: MakeConfig, unbroken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+            rates[trainer.global_step] = [group["lr"] for group in optimizer.param_groups]
+
+    original = build.build_trainer
+
+    def with_rates(config: TrainConfig, folder: Path) -> pl.Trainer:
+        trainer = original(config, folder)
+        trainer.callbacks.append(Rates())
+        return trainer
+
+    monkeypatch.setattr(build, "build_trainer", with_rates)
+    folder = Path(shutil.copytree(unbroken, tmp_path / "extended"))
+    found = []
+    for resume in (None, str(folder / "checkpoints" / "last.ckpt")):
+        config, rates = make_config(), {}
+        config.trainer.max_steps, config.trainer.resume = 10, resume
+        build.train(config)
+        found.append(rates)
+    whole, extended = found
+    assert list(whole) == list(range(10)) and list(extended) == list(range(6, 10))
+    assert extended == {step: whole[step] for step in extended}
 
 
 def test_a_run_resumed_from_its_best_checkpoint_repeats_the_rest(

@@ -19,7 +19,7 @@ MakeRateConfig = Callable[..., TrainConfig]
 
 def at_rest(make_rate_config: MakeRateConfig, **quant: object) -> tuple[Path, float]:
     """A run that does not train, and its KL before the first step."""
-    config = make_rate_config(1, target_bits=11.0, lead=0.0)
+    config = make_rate_config(1, target_bits=11.0, lead=0.0, every=1)
     config.name = "-".join(["start", *quant])
     config.optim.lr = config.optim.scale_lr = 0.0
     for key, value in quant.items():
@@ -46,7 +46,7 @@ def test_gptq_starts_nearer_at_the_same_bits(
 def test_a_resumed_run_is_not_prepared_again(make_rate_config: MakeRateConfig) -> None:
     folder, _ = at_rest(make_rate_config, rounding=Rounding.gptq)
     before = read_checkpoint(folder / "checkpoints" / "last.ckpt").weights
-    config = make_rate_config(2, target_bits=11.0, lead=0.0)
+    config = make_rate_config(2, target_bits=11.0, lead=0.0, every=1)
     config.quant.rounding = Rounding.gptq
     config.optim.lr = config.optim.scale_lr = 0.0
     config.trainer.resume = str(folder / "checkpoints" / "last.ckpt")

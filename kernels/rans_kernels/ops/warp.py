@@ -168,6 +168,8 @@ def open_ring(ring, words, offsets, tile, tiles, lane, RING: gl.constexpr):
     rows = (gl.load(offsets + tile + 1, mask=inside, other=0) - begin).to(gl.uint32)
     address = (words + begin.to(gl.int64) * 8).to(gl.uint64)
     filled = gl.full_like(lane, 0)
+    # all lanes have read the tile before
+    execute(lane, "bar.warp.sync 0xffffffff;")
     for _ in gl.static_range(RING // 512):
         filled = fill_ring(ring, address, filled, gl.full_like(lane, 0), rows, lane, RING)
     execute(lane, "cp.async.commit_group;")

@@ -76,6 +76,8 @@ def int8_linear_kernel(
         tile = first + warp
         begin = tile * units * 64
         end = gl.minimum(panel_units - tile * units, units) * 64 + begin
+        # all lanes have read the tile before
+        execute(tid, "bar.warp.sync 0xffffffff;")
         for s in gl.static_range(STAGES - 1):
             stage_pair(ring + s * STAGE_BYTES, weight, panel * 16, begin + s * 128, lane, end, N, K)
         if OVERLAP and first == 0:
