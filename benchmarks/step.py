@@ -39,8 +39,8 @@ from qat.errors import UserError
 from qat.inference import pick_device
 from qat.lit.module import parameter_groups
 from qat.model import compile_layers, output_logits
-from qat.quant import prepare, quantized_modules
-from qat.quant.rate import RateTerm
+from qat.quant import prepare
+from qat.quant.rate import RateTerm, pull_rate, rate_terms
 from qat.report import device_slug, environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,9 +76,9 @@ class Step:
         self.teacher: PreTrainedModel | None = None
         if variant == "teacher":
             self.teacher = build(values, ids.device, torch.bfloat16).requires_grad_(False)
-        self.term: RateTerm | None = None
+        self.terms: dict[str, RateTerm] = {}
         if variant in ("qat-rate", "teacher"):
-            self.term = RateTerm(quantized_modules(self.model), config.rate, config.model.compile)
+            self.terms = rate_terms(self.model, config.rate, config.model.compile)
             self.refresh()
         if config.model.compile:
             for model in (self.model, self.teacher):
@@ -118,11 +118,11 @@ class Step:
 
     def refresh(self) -> None:
         """What a run does every rate.every steps: histograms, the price that is logged, the price that is paid."""
-        assert self.term is not None
-        self.term.refresh()
-        with torch.no_grad():
-            float(self.term.bits())
-        self.term.pull(RATE_WEIGHT)
+        for term in self.terms.values():
+            term.refresh()
+            with torch.no_grad():
+                float(term.bits())
+        pull_rate(self.terms, dict.fromkeys(self.terms, RATE_WEIGHT))
 
 
 def build(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -181,7 +181,7 @@ def measure(variant: str, values: dict[str, Any], config: TrainConfig, ids: Tens
     tenths = statistics.quantiles(times, n=10, method="inclusive")
     row |= {"ms": statistics.median(times), "ms_p10": tenths[0], "ms_p90": tenths[-1]}
     row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    row["refresh_ms"] = statistics.median(milliseconds(step.refresh, REFRESHES, device)) if step.term else 0.0
+    row["refresh_ms"] = statistics.median(milliseconds(step.refresh, REFRESHES, device)) if step.terms else 0.0
     row["ms_amortised"] = row["ms"] + row["refresh_ms"] / config.rate.every
     return row
 

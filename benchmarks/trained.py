@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eval.consistency import consistency
 from qat.checkpoint import load_fake_quant
@@ -26,10 +26,12 @@ from qat.cli import compose
 from qat.errors import UserError
 from qat.export import export
 from qat.lit.build import train
+from qat.model import load_config
 from qat.ptq import Cost, Rounded, stored_cost
-from qat.quant import freeze, grid, quantize_weight, quantized_modules, set_fake_quant
+from qat.quant import distinct_weights, exact_modules, freeze, grid, quantize_weight, quantized_modules, set_fake_quant
 
 FULL = ["experiment=bookllama_rate"]
+WHOLE = [*FULL, "quant.embeddings=true", "quant.lm_head=true"]
 # the rates of the full recipe; steps keep their proportions, and their common factor holds the target
 PLAIN = ["quant=learned", "quant.k=0.5", "rate.hold=steps", "rate.lead=0", "optim.lr=2e-4",
          "optim.scale_lr=0"]  # fmt: skip
@@ -44,14 +46,22 @@ RECIPES: dict[str, list[str]] = {
     "rate-noramp": [*FULL, "rate.lead=0"],
     "rate-nofreeze": [*FULL, "rate.freeze=0"],
     "rate-row": [*FULL, "quant.granularity=per_channel"],
+    "rate-whole": WHOLE,
+    "rate-together": WHOLE,
+    "rate-fast": [*FULL, "rate.profile=fast", "rate.fit=true"],
     "ste": PLAIN,
     "ste-layer": [*PLAIN, "quant.granularity=per_tensor"],
     "ste-decay": [*PLAIN, "optim.weight_decay=0.3"],
     "finetune": ["quant=none", "optim.lr=2e-4"],
 }
-"""`rate` is the whole recipe, the next ones lack a part or have another. `ste` is fake quantisation alone,
-one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no target."""
+"""`rate` is the full recipe, the next ones lack a part or have another. `rate-whole` codes embedding and head too, at
+a target of their own, `rate-together` with one target for everything, `rate-fast` is for the export of that profile.
+`ste` is fake quantisation alone, one step a row, `ste-decay` with weight decay; `finetune` is not quantised and has no
+target."""
 UNTARGETED = {"finetune"}
+OWN_TARGET = {"rate-whole"}
+ABOVE = 0.5
+"""Bits that embedding and head are held above the other layers: best for rounding bookllama-16m (docs/frontier.md)."""
 
 NEW_TOKENS = 256
 """Generated for a prompt to compare models by."""
@@ -100,7 +110,7 @@ class Training:
 
     def words(self, name: str, target: float | None, output: Path) -> list[str]:
         """Of train.py's command for a variant."""
-        bits = [f"name={name}"] if target is None else [f"name={name}-{target:g}", f"rate.target_bits={target}"]
+        bits = [f"name={name}"] if target is None else [f"name={name}-{target:g}", *self._target_words(name, target)]
         # seldom: nothing is chosen by validation, but what the container adds is measured then
         every = max(1, self.steps // 4)
         return [
@@ -113,6 +123,24 @@ class Training:
             f"trainer.accelerator={self.accelerator}", f"paths.cache={self.cache}", f"paths.output_root={output}",
             *self.overrides,
         ]  # fmt: skip
+
+    def _target_words(self, name: str, target: float) -> list[str]:
+        if name not in OWN_TARGET:
+            return [f"rate.target_bits={target}"]
+        # all that is coded shall come to the target
+        others = target - ABOVE * end_share(self.model)
+        return [f"rate.target_bits={others}", f"rate.embedding_bits={others + ABOVE}"]
+
+
+def end_share(folder: Path) -> float:
+    """Of the weights of a model's embedding and linear layers, the share of embedding and head; tied ones once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(folder))
+    ends, everything = (
+        sum({id(m.weight): m.weight.numel() for m in exact_modules(model, ends_only).values()}.values())
+        for ends_only in (True, False)
+    )
+    return ends / everything
 
 
 @dataclass(frozen=True)
@@ -147,8 +175,9 @@ def train_variant(name: str, training: Training, target: float | None) -> Varian
         raise UserError(f"{kept} exists: give another --keep or --label, or move it away")
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
+        config = compose("train", *training.words(name, target, Path(folder)))
         with _timed(seconds, "training"):
-            run = train(compose("train", *training.words(name, target, Path(folder))))
+            run = train(config)
         seconds = {"start": _start_seconds(run)} | seconds
         seconds["training"] = round(seconds["training"] - seconds["start"], 1)
         # a run is full of cycles, and other processes may want the memory
@@ -160,15 +189,14 @@ def train_variant(name: str, training: Training, target: float | None) -> Varian
             run = Path(shutil.move(run, kept))
         checkpoint = run / "checkpoints" / "last.ckpt"
         model: Any = load_fake_quant(checkpoint)
-        # a tied head is its embedding's weight, stored once
-        layers = {id(layer.weight): layer for layer in quantized_modules(model).values()}.values()
+        layers = distinct_weights(quantized_modules(model)).values()
         if not layers:
             return Variant(model.to(torch.bfloat16).float(), Cost(16.0, 16.0), seconds, None)
-        found = None
+        profile, found = config.rate.profile.value, None
         try:
             if kept or training.prompts:
                 with _timed(seconds, "export"), _quiet():
-                    words = [f"source={checkpoint}", f"output={run / 'compressed'}", "profile=compact"]
+                    words = [f"source={checkpoint}", f"output={run / 'compressed'}", f"profile={profile}"]
                     compressed = export(compose("export", *words, "progress_bar=false"))
                 if training.prompts:
                     with _timed(seconds, "consistency"), _quiet():
@@ -177,10 +205,11 @@ def train_variant(name: str, training: Training, target: float | None) -> Varian
             # what was trained can be judged all the same
             traceback.print_exc()
             found = {"error": str(error)}
-    cost = stored_cost(
+    rounded = (
         Rounded(*quantize_weight(layer.weight, layer.quant_config, layer.log2_scale), grid(layer.quant_config)[1])
         for layer in layers
     )
+    cost = stored_cost(rounded, profile)
     freeze(model)
     set_fake_quant(model, False)
     return Variant(model, cost, seconds, found)

@@ -175,13 +175,18 @@ class LossConfig:
 
 @dataclass
 class RateConfig:
-    """loss += weight * mean bits of the quantised weights, and what holds those bits to a target."""
+    """loss += weight * mean bits of the quantised weights, and what holds those bits to a target.
+
+    With `embedding_bits` there are two groups of weights, each with a target, factor on steps and weight of its own.
+    """
 
     price: RatePrice = RatePrice.none
     weight: float | None = 0.02
     """Nats a bit; where the controller starts if that holds the bits. Null is 2 ln2 KL, as measured."""
     target_bits: float | None = None
     """Bits a weight as stored, everything counted; null leaves `weight` as it is. Needs quant.scale=learned."""
+    embedding_bits: float | None = None
+    """As `target_bits`, of input embedding and output head together; null counts them together with all others."""
     hold: Hold = Hold.weight
     lead: float | None = None
     """Stored bits above the target to begin at, by one factor on all steps; null begins at quant.k."""
@@ -201,6 +206,8 @@ class RateConfig:
     """Growth of log(weight) an optimiser step, for a bit above the target."""
     profile: Profile = Profile.compact
     """Of the container whose bits are measured: that of the export to come."""
+    fit: bool = False
+    """For profile fast: with every histogram, put weights inside the range of bits that their layer best has."""
     panels: int = 4
     """Panels of 16 rows of every tensor that are coded to measure what the container adds to the entropy."""
 

@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qat.checkpoint import read_checkpoint
 from qat.cli import run_dir
-from qat.config import Granularity, Hold, RatePrice, ScaleRule, TrainConfig, to_plain
+from qat.config import Granularity, Hold, Profile, RatePrice, ScaleRule, TrainConfig, to_plain
 from qat.errors import UserError
 from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, TrainMetrics
 from qat.lit.data import TextDataModule, accumulate_grad_batches
@@ -146,6 +146,15 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         f"rate.target_bits={rate.target_bits}: needs a price, rate=table or rate=prior, or rate.hold=steps": (
             rate.target_bits is None or priced or rate.hold is Hold.steps
         ),
+        f"rate.embedding_bits={rate.embedding_bits}: must be positive": (
+            rate.embedding_bits is None or rate.embedding_bits > 0
+        ),
+        f"rate.embedding_bits={rate.embedding_bits}: needs rate.target_bits for the other layers": (
+            rate.embedding_bits is None or rate.target_bits is not None
+        ),
+        f"rate.embedding_bits={rate.embedding_bits}: needs quant.embeddings=true or quant.lm_head=true": (
+            rate.embedding_bits is None or (quant.enabled and (quant.embeddings or quant.lm_head))
+        ),
         "rate.lead: needs rate.target_bits": rate.lead is None or rate.target_bits is not None,
         "rate.weight=null: needs rate.target_bits, and a teacher, loss.kl": (
             rate.weight is not None or not priced or (rate.target_bits is not None and config.loss.kl > 0)
@@ -170,6 +179,10 @@ def _rate_checks(config: TrainConfig) -> dict[str, bool]:
         f"rate.weight={rate.weight}: must be positive": rate.weight is None or rate.weight > 0,
         f"rate.ema={rate.ema}: must be from 0 to below 1": 0 <= rate.ema < 1,
         f"rate.every={rate.every}: must be at least 1": rate.every >= 1,
+        "rate.fit=true: needs rate.profile=fast, whose code has ranges": not rate.fit or rate.profile is Profile.fast,
+        "rate.fit=true: needs rate.freeze, or weights may leave the range again, and a price or a target": (
+            not rate.fit or (rate.freeze > 0 and (priced or rate.target_bits is not None))
+        ),
         f"rate.every={rate.every}: more than the {unfrozen} steps in which to approach rate.target_bits": (
             rate.target_bits is None or rate.every <= unfrozen
         ),

@@ -32,7 +32,7 @@ class QuantStatistics(pl.Callback):
         """Quantise every weight once, tied ones once; in every process, since all may hold a part."""
         assert isinstance(module, QATModule)
         layers = distinct_weights(quantized_modules(module.model))
-        overheads = module.rate_term.overheads if module.rate_term else {}
+        overheads = {name: bits for term in module.rate_terms.values() for name, bits in term.overheads.items()}
         rows = [_layer_row(name, layer, overheads.get(name)) for name, layer in layers.items()]
         if not trainer.is_global_zero or not rows:
             return

@@ -21,9 +21,9 @@ from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
 from qat.distill import Losses, distillation_loss, token_losses, token_sums
 from qat.errors import UserError
 from qat.model import check_output_logits, compile_layers, load_model, output_logits
-from qat.quant import prepare, quantized_modules, set_fake_quant
+from qat.quant import prepare, set_fake_quant
 from qat.quant.control import freeze_step
-from qat.quant.rate import RateTerm
+from qat.quant.rate import pull_rate, rate_loss, rate_terms
 
 
 class QATModule(pl.LightningModule):
@@ -51,11 +51,12 @@ class QATModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.config.quant.enabled:
             prepare(self.model, self.config.quant)
-        layers, rate = quantized_modules(self.model), self.config.rate
-        watched = bool(layers) and (rate.price is not RatePrice.none or rate.target_bits is not None)
-        self.rate_term = RateTerm(layers, rate, self.config.model.compile) if watched else None
-        self.rate_weight = 0.0
-        """Nats a bit, for the callback RateControl to set."""
+        rate = self.config.rate
+        watched = self.config.quant.enabled and (rate.price is not RatePrice.none or rate.target_bits is not None)
+        self.rate_terms = rate_terms(self.model, rate, self.config.model.compile) if watched else {}
+        """By group of weights with a target of its own."""
+        self.rate_weights: dict[str, float] = {}
+        """Nats a bit by group, none without a price; for the callback RateControl to set."""
         self.on_target = True
         """Whether this state may be the best one, as far as bits go; likewise."""
         self.last_kl: Tensor | float = 0.0
@@ -132,9 +133,9 @@ class QATModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set what depends on the step; random numbers (dropout) then repeat after a resume."""
         set_fake_quant(self.model, self.fake_quant_on)
-        if self.rate_term is not None and self.config.rate.price is RatePrice.table:
+        if self.config.rate.price is RatePrice.table:
             # lightning divides losses by the number of micro-batches, not this
-            self.rate_term.pull(self.rate_weight / self.trainer.accumulate_grad_batches)
+            pull_rate(self.rate_terms, self.rate_weights, 1 / self.trainer.accumulate_grad_batches)
         seed, rank, world = self.config.trainer.seed, self.trainer.global_rank, self.trainer.world_size
         torch.manual_seed((seed << 32) + batch_idx * world + rank)
 
@@ -165,8 +166,8 @@ class QATModule(pl.LightningModule):
 
         Once a step, and where activations are gone: it is as large as the weights.
         """
-        if self.rate_term is not None and self.config.rate.price is RatePrice.prior and self.rate_weight:
-            (self.rate_weight * self.rate_term.bits()).backward()
+        if self.rate_weights and self.config.rate.price is RatePrice.prior:
+            rate_loss(self.rate_terms, self.rate_weights).backward()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the sums over all validation tokens; not compiled, for which once more would be needed."""

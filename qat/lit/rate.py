@@ -1,5 +1,7 @@
 """The rate of a run: histograms every few steps, the weight of the rate term that follows, and the frozen end."""
 
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,39 +13,98 @@ from qat.lit.callbacks import ends_step
 from qat.lit.module import QATModule
 from qat.quant import freeze, settle
 from qat.quant.container import overhead_bits
-from qat.quant.control import BitsController, freeze_step
+from qat.quant.control import BitsController, freeze_step, rate_groups
 from qat.quant.rate import RateTerm
 
 TOLERANCE = 0.05
 """Bits a weight beside the target within which a state may be the best one."""
 
 
+@dataclass
+class Steered:
+    """What is known of a group of weights; all of it is in checkpoints.
+
+    Attributes:
+        controller: holds the group to its target.
+        shares: histograms by layer, the very dict of the group's RateTerm.
+        overhead: bits a weight that the container adds to an ideal code, as last measured.
+    """
+
+    controller: BitsController
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    overhead: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, and tensors on the CPU."""
+        shares = {name: shares.cpu() for name, shares in self.shares.items()}
+        return {"controller": self.controller.state_dict(), "shares": shares, "overhead": self.overhead}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As saved."""
+        self.controller.load_state_dict(state["controller"])
+        self.shares, self.overhead = state["shares"], state["overhead"]
+
+    def container(self, term: RateTerm) -> float:
+        """Stored bits a weight, with the overhead measured anew."""
+        bits = overhead_bits(term.modules, term.config.profile.value, term.config.panels, term.config.fit)
+        term.overheads = {name: bits[name] / module.weight.numel() for name, module in term.modules.items()}
+        stored = term.entropy() + sum(bits.values()) / term.weights
+        self.overhead = stored - term.coded_bits
+        return stored
+
+    def update(self, step: int, term: RateTerm, kl: float | None, lr_share: float) -> dict[str, float]:
+        """Take a histogram after an optimiser step into account, and move steps; gives what to log.
+
+        Args:
+            step: number of the optimiser step.
+            term: of the group.
+            kl: since the last histogram, in nats; None if unknown.
+            lr_share: of the peak that the learning rate is at.
+        """
+        if self.overhead is None:
+            self.container(term)
+        assert self.overhead is not None
+        if term.config.fit:
+            term.fit()
+        entropy = term.refresh()
+        stored = term.coded_bits + self.overhead
+        self.controller.update(step, stored, kl)
+        metrics = {"entropy": entropy, "stored": stored}
+        if term.config.price is not RatePrice.none:
+            with torch.no_grad():
+                metrics |= {"price": float(term.bits()), "weight": self.controller.weight}
+        if term.config.target_bits is not None:
+            metrics["target"] = self.controller.target(step)
+        if octaves := self.controller.octaves(lr_share):
+            term.shift(octaves)
+        return metrics
+
+
 class RateControl(pl.Callback):
-    """Steers module.rate_weight, or all steps, to rate.target_bits; freezes integers for the last rate.freeze of a run.
+    """Steers weights of the rate term, or steps, to the targets; freezes integers for the last rate.freeze of a run.
 
     It acts between optimiser steps and before checkpoints are taken, so that a checkpoint holds what the next step
     needs. Every rank computes the same. Writes rate/{price,entropy,stored,target,weight} with each histogram, and at
-    validation rate/container: stored bits with what the container adds measured anew.
+    validation rate/container: stored bits with what the container adds measured anew. Where embedding and head have a
+    target of their own, theirs are rate/embedding/..., and the others' rate/...
     """
 
     def __init__(self, config: TrainConfig):
         """Args: config: of the run."""
         self.config, self.steps = config.rate, config.trainer.max_steps
         self.start_step = config.quant.start_step
-        self.controller = BitsController.fresh(self.config, self.steps)
-        self.overhead: float | None = None
+        self.groups = {
+            group: Steered(BitsController.fresh(own, self.steps)) for group, own in rate_groups(self.config).items()
+        }
         self.frozen = False
-        self._shares: dict[str, Tensor] = {}
         # sum over micro-batches since the last histogram, and their number; read by the host with the histogram
         self._kl: Tensor | float = 0.0
         self._micro_batches = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Controller, histograms, overhead, phase, divergence since the last histogram."""
+        """Every group's, phase, divergence since the last histogram."""
         return {
-            "controller": self.controller.state_dict(),
-            "shares": {name: shares.cpu() for name, shares in self._shares.items()},
-            "overhead": self.overhead,
+            "groups": {group: steered.state_dict() for group, steered in self.groups.items()},
             "frozen": self.frozen,
             "kl": float(self._kl),
             "micro_batches": self._micro_batches,
@@ -51,19 +112,20 @@ class RateControl(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As saved."""
-        self.controller.load_state_dict(state_dict["controller"])
-        self._shares, self.overhead, self.frozen = (state_dict[key] for key in ("shares", "overhead", "frozen"))
-        self._kl, self._micro_batches = state_dict["kl"], state_dict["micro_batches"]
+        for group, state in state_dict["groups"].items():
+            self.groups[group].load_state_dict(state)
+        self.frozen, self._kl = state_dict["frozen"], state_dict["kl"]
+        self._micro_batches = state_dict["micro_batches"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take up where the checkpoint was, or make the first histogram."""
         assert isinstance(module, QATModule)
-        if module.rate_term is not None:
+        for group, term in module.rate_terms.items():
             # one dict for both: what the term refreshes is what is saved
-            module.rate_term.shares = self._shares
+            term.shares = self.groups[group].shares
         if self.frozen:
             freeze(module.model)
-        elif module.fake_quant_on and not self._shares:
+        elif module.fake_quant_on and not self._measured:
             self._refresh(module)
         self._steer(module)
 
@@ -72,7 +134,7 @@ class RateControl(pl.Callback):
     ) -> None:
         """After an optimiser step: measure if it is time, freeze if it is time, and keep frozen integers."""
         assert isinstance(module, QATModule)
-        if module.rate_term is not None and self.config.weight is None:
+        if module.rate_terms and self.config.weight is None:
             # over all processes at once: a checkpoint holds the state of the first
             self._kl = trainer.strategy.reduce(module.last_kl, reduce_op="mean") + self._kl
             self._micro_batches += 1
@@ -90,28 +152,23 @@ class RateControl(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure the container."""
         assert isinstance(module, QATModule)
-        if module.rate_term is not None and module.fake_quant_on:
-            module.write_metrics({"rate/container": self._container(module.rate_term)})
+        if module.rate_terms and module.fake_quant_on:
+            terms = module.rate_terms.items()
+            module.write_metrics({f"{group}/container": self.groups[group].container(term) for group, term in terms})
+
+    @property
+    def _measured(self) -> bool:
+        return all(steered.shares for steered in self.groups.values())
 
     def _refresh(self, module: QATModule) -> None:
-        term = module.rate_term
-        if term is None:
+        if not module.rate_terms:
             return
-        if self.overhead is None:
-            self._container(term)
-        assert self.overhead is not None
-        entropy = term.refresh()
-        stored = entropy + self.overhead
-        self.controller.update(module.global_step, stored, self._take_kl(module))
-        metrics = {"rate/entropy": entropy, "rate/stored": stored}
-        if self.config.price is not RatePrice.none:
-            with torch.no_grad():
-                metrics |= {"rate/price": float(term.bits()), "rate/weight": self.controller.weight}
-        if self.config.target_bits is not None:
-            metrics["rate/target"] = self.controller.target(module.global_step)
+        kl = self._take_kl(module)
+        metrics: dict[str, float] = {}
+        for group, term in module.rate_terms.items():
+            found = self.groups[group].update(module.global_step, term, kl, module.lr_share)
+            metrics |= {f"{group}/{key}": value for key, value in found.items()}
         module.write_metrics(metrics)
-        if octaves := self.controller.octaves(module.lr_share):
-            term.shift(octaves)
 
     def _take_kl(self, module: QATModule) -> float | None:
         """Mean divergence since the last histogram; at the start that of the prepared model."""
@@ -122,25 +179,21 @@ class RateControl(pl.Callback):
         return kl
 
     def _freeze(self, module: QATModule) -> None:
-        if module.rate_term is not None and self.config.target_bits is not None:
-            term = module.rate_term
-            term.land(lambda: self._container(term), self.config.target_bits, self.config.land)
+        for group, term in module.rate_terms.items():
+            if term.config.target_bits is not None:
+                measure = partial(self.groups[group].container, term)
+                term.land(measure, term.config.target_bits, self.config.land)
+            if term.config.fit:
+                term.fit()
         freeze(module.model)
         self.frozen = True
 
     def _steer(self, module: QATModule) -> None:
         """Tell the module what follows from this state."""
-        config, bits = self.config, self.controller.bits
-        priced = config.price is not RatePrice.none and not self.frozen and self._shares
-        module.rate_weight = self.controller.weight if priced else 0.0
-        if config.freeze:
+        controllers = {group: steered.controller for group, steered in self.groups.items()}
+        priced = self.config.price is not RatePrice.none and not self.frozen and self._measured
+        module.rate_weights = {group: controller.weight for group, controller in controllers.items() if priced}
+        if self.config.freeze:
             module.on_target = self.frozen
-        elif config.target_bits is not None:
-            module.on_target = bits is not None and abs(bits - config.target_bits) <= TOLERANCE
-
-    def _container(self, term: RateTerm) -> float:
-        """Stored bits a weight, with the overhead measured anew."""
-        bits = overhead_bits(term.modules, self.config.profile.value, self.config.panels)
-        term.overheads = {name: bits[name] / module.weight.numel() for name, module in term.modules.items()}
-        self.overhead = sum(bits.values()) / term.weights
-        return term.entropy() + self.overhead
+        else:
+            module.on_target = all(controller.near(TOLERANCE) for controller in controllers.values())

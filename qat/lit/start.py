@@ -13,9 +13,10 @@ from qat.data import spread_windows
 from qat.lit.module import QATModule
 from qat.ptq import compensate
 from qat.ptq.calibration import walk
-from qat.quant import grid, quantized_modules, set_fake_quant, weight_scale
+from qat.quant import end_modules, grid, quantized_modules, set_fake_quant, weight_scale
 from qat.quant.columns import rescale_columns
 from qat.quant.container import container_overhead
+from qat.quant.rate import RateTerm
 
 BATCH = 8
 """Calibration windows at once."""
@@ -52,7 +53,8 @@ class Start(pl.Callback):
             for layer in quantized_modules(model).values():
                 layer.reset_scale()
         if self.config.rate.lead is not None:
-            self._land(module, (self.config.rate.target_bits or 0) + self.config.rate.lead)
+            for term in module.rate_terms.values():
+                self._land(term, (term.config.target_bits or 0) + self.config.rate.lead)
         if quant.rounding is Rounding.gptq:
             _round(model, {n: m for n, m in quantized_modules(model).items() if n in layers}, batches)
         if trainer.world_size > 1:
@@ -77,10 +79,9 @@ class Start(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         return list(spread_windows(data.train_windows, self.config.quant.calibration_windows).split(BATCH))
 
-    def _land(self, module: QATModule, target: float) -> None:
-        term, rate = module.rate_term, self.config.rate
-        assert term is not None
-        measure = partial(container_overhead, term.modules, rate.profile.value, rate.panels)
+    def _land(self, term: RateTerm, target: float) -> None:
+        rate = self.config.rate
+        measure = partial(container_overhead, term.modules, rate.profile.value, rate.panels, rate.fit)
         term.land(lambda: term.entropy() + measure(), target, SPAN)
 
 
@@ -105,6 +106,9 @@ def _rescale(model: Any, layers: dict[str, nn.Linear], batches: list[Tensor], ex
 
 def _round(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> None:
     """Move every weight to where GPTQ rounds it from: its integer is GPTQ's, and its place between two is kept."""
+    for end in end_modules(model).values():
+        # rounded to nearest: the blocks see what they will get
+        end.fake_quant_enabled = True
     for moments in walk(model, layers, [batch[:, :-1] for batch in batches]):
         for name, moment in moments.items():
             layer = layers[name]

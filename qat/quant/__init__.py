@@ -3,6 +3,7 @@
 from qat.quant.convert import (
     check_config,
     convert,
+    end_modules,
     exact_modules,
     freeze,
     prepare,
@@ -24,6 +25,7 @@ __all__ = [
     "clipped_fraction",
     "convert",
     "distinct_weights",
+    "end_modules",
     "entropy",
     "exact_modules",
     "fake_quantize",

@@ -13,31 +13,34 @@ from rans_kernels.coder import encode_tiles, entropy, weight_histogram
 from rans_kernels.coder.plan import choose_layout
 from rans_kernels.format import UNIT_ROWS
 
+from qat.quant.fit import fit_integers, integer_counts
 from qat.quant.modules import QATModule
-from qat.quant.rate import integer_shares
 
 
-def container_overhead(modules: Mapping[str, QATModule], profile: str, panels: int) -> float:
+def container_overhead(modules: Mapping[str, QATModule], profile: str, panels: int, fit: bool = False) -> float:
     """Stored bits less entropy, in bits a weight over all tensors; arguments as `overhead_bits`."""
     weights = sum(module.weight.numel() for module in modules.values())
-    return sum(overhead_bits(modules, profile, panels).values()) / weights
+    return sum(overhead_bits(modules, profile, panels, fit).values()) / weights
 
 
 @torch.no_grad()
-def overhead_bits(modules: Mapping[str, QATModule], profile: str, panels: int) -> dict[str, float]:
+def overhead_bits(modules: Mapping[str, QATModule], profile: str, panels: int, fit: bool = False) -> dict[str, float]:
     """Stored bits less entropy of every tensor, in bits.
 
     Args:
         modules: fake-quantising layers; layers that share a weight must be there once.
         profile: compact, fast or auto, of the export.
         panels: of 16 rows, spread evenly, that are coded of a tensor; if it has no more, the result is exact.
+        fit: as if weights were put inside the range of each tensor, see `qat.quant.fit`.
     """
-    return {name: _overhead_bits(module, profile, panels) for name, module in modules.items()}
+    return {name: _overhead_bits(module, profile, panels, fit) for name, module in modules.items()}
 
 
-def _overhead_bits(module: QATModule, profile: str, panels: int) -> float:
+def _overhead_bits(module: QATModule, profile: str, panels: int, fit: bool) -> float:
     q = module.integers()
-    counts = (integer_shares(q) * q.numel()).round().long().cpu().numpy()
+    if fit:
+        q = fit_integers(q)
+    counts = integer_counts(q).cpu().numpy()
     layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile)
     sample = q[_panel_rows(q.shape[0], panels)].cpu().numpy()
     encoded = encode_tiles(sample, replace(layout, shape=sample.shape))

@@ -16,7 +16,7 @@ If bits fall by g a step and unit of log w too high, nothing swings as long as 4
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qat.config import Hold, RateConfig
 
@@ -63,6 +63,11 @@ class BitsController:
         """By which all steps shall grow; share: of the peak that the learning rate is at."""
         return GAIN * share * self.error if self.config.hold is Hold.steps else 0.0
 
+    def near(self, tolerance: float) -> bool:
+        """Whether smoothed bits are within so many bits of `target_bits`; without a target, always."""
+        target = self.config.target_bits
+        return target is None or (self.bits is not None and abs(self.bits - target) <= tolerance)
+
     def target(self, step: int) -> float:
         """Bits to be at after optimiser step `step`: a line from the first measurement, then `target_bits`."""
         assert self.config.target_bits is not None and self.start is not None
@@ -92,6 +97,16 @@ class BitsController:
         assert state["log_weight"] is not None and state["error"] is not None
         self.log_weight, self.error = state["log_weight"], state["error"]
         self.bits, self.start = state["bits"], state["start"]
+
+
+def rate_groups(config: RateConfig) -> dict[str, RateConfig]:
+    """What steers every group of weights that has a target of its own, by the prefix of its metrics.
+
+    `rate` is all quantised weights, or with rate.embedding_bits all but embedding and head, which are `rate/embedding`.
+    """
+    if config.embedding_bits is None:
+        return {"rate": config}
+    return {"rate": config, "rate/embedding": replace(config, target_bits=config.embedding_bits)}
 
 
 def ramp_end(config: RateConfig, steps: int) -> int:

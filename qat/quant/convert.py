@@ -127,6 +127,12 @@ def quantized_modules(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QATLinear | QATEmbedding)}
 
 
+def end_modules(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
+    """Of `quantized_modules`, the input embedding and the output head."""
+    ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
+    return {name: module for name, module in quantized_modules(model).items() if module in ends}
+
+
 def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, nn.Linear | nn.Embedding]:
     """The stock layers that are not quantised, by name: input embedding, output head, and unless `ends_only` the rest.
 

@@ -17,14 +17,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from rans_kernels.coder.plan import choose_split, split_bits
 from rans_kernels.dense import expand_scale
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qat.config import RateConfig, RatePrice
-from qat.quant.convert import quantize_weight
+from qat.config import Profile, RateConfig, RatePrice
+from qat.errors import UserError
+from qat.quant.control import rate_groups
+from qat.quant.convert import end_modules, quantize_weight, quantized_modules
 from qat.quant.fake_quant import quantize
+from qat.quant.fit import fit_integers, fit_weight, integer_counts
 from qat.quant.modules import QATModule
 from qat.quant.scales import grid, weight_scale
 from qat.quant.shards import held, summed, whole
@@ -70,16 +74,6 @@ def weight_statistics(module: QATModule) -> dict[str, Any]:
         **percentiles,
         "counts": counts[128 - qmax : 129 + qmax].tolist(),
     }
-
-
-def integer_counts(q: Tensor) -> Tensor:
-    """How often every integer from -128 to 127 occurs in q, int8 of any shape: int64 [256] on its device."""
-    # not bincount, which makes the host wait for the GPU. A count a column: few integers occur often, and a GPU adds to
-    # one place at a time
-    places = q.reshape(-1, q.shape[-1] if q.ndim > 1 else 1).long() + 128
-    one = torch.ones((), dtype=torch.int32, device=q.device)
-    counts = torch.zeros(256, places.shape[1], dtype=torch.int32, device=q.device)
-    return counts.scatter_add_(0, places, one.expand_as(places)).sum(1)
 
 
 def integer_shares(q: Tensor) -> Tensor:
@@ -171,7 +165,7 @@ def distinct_weights(modules: Mapping[str, M]) -> dict[str, M]:
 
 
 class RateTerm:
-    """The mean price of a model's quantised weights, and the histograms it rests on.
+    """The mean price of some quantised weights of a model, and the histograms it rests on.
 
     Weights that layers share count once. Every tensor has a histogram of its own, an exponential mean over refreshes.
     """
@@ -181,7 +175,7 @@ class RateTerm:
 
         Args:
             modules: fake-quantising layers by name; in use they must be on one device.
-            config: which price, and how long histograms remember.
+            config: which price, how long histograms remember, and the target of these layers.
             compile: fuse the price of a tensor into one pass, and its histogram into another (torch.compile).
         """
         self.modules = distinct_weights(modules)
@@ -189,6 +183,8 @@ class RateTerm:
         self.shares: dict[str, Tensor] = {}
         # what the container adds to a weight's entropy, in bits, where somebody has measured it
         self.overheads: dict[str, float] = {}
+        # of the integers last looked at, in the profile's code, bits a weight
+        self.coded_bits = 0.0
         # what prices rest on, from the histograms as they are; made when first asked for
         self._about: dict[str, Tensor] = {}
         self._pulling: float | None = None
@@ -199,8 +195,19 @@ class RateTerm:
 
     @torch.no_grad()
     def entropy(self) -> float:
-        """Entropy of the integers as they are, in bits a weight."""
-        return self._mean_entropy([integer_shares(module.integers()) for module in self.modules.values()])
+        """Entropy of the integers as they are stored, in bits a weight."""
+        return self._mean_entropy([integer_shares(q) for q in self.integers().values()])
+
+    @torch.no_grad()
+    def integers(self) -> dict[str, Tensor]:
+        """What would be stored now: int8 [N, K] by layer; with rate.fit in each one's range."""
+        found = {name: module.integers() for name, module in self.modules.items()}
+        return {name: fit_integers(q) for name, q in found.items()} if self.config.fit else found
+
+    def fit(self) -> None:
+        """Put weights where `integers` says, in place."""
+        for module in self.modules.values():
+            fit_weight(module)
 
     @torch.no_grad()
     def land(self, measure: Callable[[], float], target: float, octaves: float) -> None:
@@ -225,10 +232,13 @@ class RateTerm:
     @torch.no_grad()
     def refresh(self) -> float:
         """Take new histograms into account; gives the entropy of the integers as they are, in bits a weight."""
-        found = {
-            name: self._shares(whole(module.weight), module.scale(), *grid(module.quant_config))
-            for name, module in self.modules.items()
-        }
+        if self.config.fit:
+            found = {name: integer_shares(q) for name, q in self.integers().items()}
+        else:
+            found = {
+                name: self._shares(whole(module.weight), module.scale(), *grid(module.quant_config))
+                for name, module in self.modules.items()
+            }
         for name, shares in found.items():
             past = self.shares.get(name, shares).to(shares.device)
             self.shares[name] = shares.lerp(past, self.config.ema)
@@ -280,7 +290,61 @@ class RateTerm:
     def _mean_entropy(self, shares: list[Tensor]) -> float:
         sizes = [module.weight.numel() for module in self.modules.values()]
         bits = share_entropy(torch.stack(shares))
-        return float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
+        entropy = float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
+        self.coded_bits = entropy
+        if self.config.profile is not Profile.compact:
+            # compact is within hundredths of the entropy, for which the host need not read every histogram
+            counts = [(s * n).round().long().cpu().numpy() for s, n in zip(shares, sizes, strict=True)]
+            splits = [choose_split(c, self.config.profile.value) for c in counts]
+            coded = (split_bits(c, split) * n for c, split, n in zip(counts, splits, sizes, strict=True))
+            self.coded_bits = sum(coded) / self.weights
+        return entropy
+
+
+def rate_terms(model: nn.Module, config: RateConfig, compile: bool = False) -> dict[str, RateTerm]:
+    """The terms of a prepared model's quantised weights, by group; see `rate_groups`.
+
+    Raises:
+        UserError: embedding and head have a target of their own, but there are no other layers, or they are stock.
+    """
+    configs, modules = rate_groups(config), quantized_modules(model)
+    ends = end_modules(model)
+    members = [modules] if len(configs) == 1 else [{n: m for n, m in modules.items() if n not in ends}, ends]
+    if not all(members):
+        raise UserError("rate.embedding_bits: needs embedding or head quantised, and other layers; set it to null")
+    return {group: RateTerm(m, configs[group], compile) for group, m in zip(configs, members, strict=True)}
+
+
+def rate_loss(terms: Mapping[str, RateTerm], weights: Mapping[str, float]) -> Tensor:
+    """What is added to the loss, in nats: a scalar with gradient.
+
+    Bits of every group are averaged over the weights of all groups: under equal weights a bit costs the same wherever
+    it is, as if there were one group.
+
+    Args:
+        terms: by group.
+        weights: nats a bit, by group.
+    """
+    parts = [weight * terms[group].bits() for group, weight in _over_all(terms, weights).items()]
+    return torch.stack(parts).sum()
+
+
+def pull_rate(terms: Mapping[str, RateTerm], weights: Mapping[str, float], factor: float = 1.0) -> None:
+    """Have every backward of the layers add the gradient of factor * `rate_loss`, see `RateTerm.pull`.
+
+    Args:
+        terms: by group.
+        weights: nats a bit, by group; a group that is not there adds nothing.
+        factor: of all weights.
+    """
+    for group, weight in _over_all(terms, weights).items():
+        terms[group].pull(factor * weight)
+
+
+def _over_all(terms: Mapping[str, RateTerm], weights: Mapping[str, float]) -> dict[str, float]:
+    """Nats for a bit of a group's own mean, by group, 0 without a weight."""
+    total = sum(term.weights for term in terms.values())
+    return {group: weights.get(group, 0.0) * term.weights / total for group, term in terms.items()}
 
 
 def _steps(weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import trained
 from benchmarks.frontier import METHODS, Candidate, Method, broken_promises, draw, locked, main, merge
-from benchmarks.trained import RECIPES
+from benchmarks.trained import RECIPES, Training
 from qat.checkpoint import read_checkpoint
+from qat.cli import compose
 from qat.errors import UserError
 from qat.model import load_model
 
@@ -83,8 +84,21 @@ def test_every_recipe_trains_to_the_target_and_a_broken_one_loses_no_others(run,
         assert abs(row["bits"] - (16 if name == "finetune" else 8)) < 0.3, name
 
 
-TRAIN = ["--methods", "rate", "--bits", "8", "--tokens=12000", "--micro-batch=32", "--consistency=3", "--set",
-         "optim.warmup_steps=1", "rate.every=1", "optim.lr=1e-4"]  # fmt: skip
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_whole_model_meets_the_target_with_the_ends_half_a_bit_above(tiny_llama, tmp_path, tied):
+    folder = tiny_llama(tie_word_embeddings=tied)
+    training = Training(folder, ["x"], "y", 1000, 10, 1, 1, "c", "cpu")
+    config = compose("train", *training.words("rate-whole", 3.0, tmp_path))
+    ends = 300 * 48 * (1 if tied else 2)
+    total = ends + sum(p.numel() for name, p in load_model(folder).named_parameters() if "proj" in name)
+    target, own = config.rate.target_bits, config.rate.embedding_bits
+    assert own == pytest.approx(target + 0.5)
+    assert own * ends + target * (total - ends) == pytest.approx(3.0 * total)
+
+
+CONSISTENCY = ["--bits", "8", "--tokens=12000", "--micro-batch=32", "--consistency=3", "--set",
+               "optim.warmup_steps=1", "rate.every=1", "optim.lr=1e-4"]  # fmt: skip
+TRAIN = ["--methods", "rate", *CONSISTENCY]
 
 
 def test_an_exported_row_generates_what_was_trained_and_is_kept(run, monkeypatch, tmp_path, capsys):
@@ -106,6 +120,18 @@ def test_an_exported_row_generates_what_was_trained_and_is_kept(run, monkeypatch
     # nothing kept is written over, and that shows before the training
     with pytest.raises(UserError, match="--keep"):
         run(*words)
+
+
+@pytest.mark.parametrize(("name", "profile"), [("rate-fast", "fast"), ("rate-whole", "compact")])
+def test_a_row_is_exported_in_the_profile_of_its_recipe(run, monkeypatch, tmp_path, name, profile):
+    monkeypatch.setattr(trained, "NEW_TOKENS", 20)
+    words = [f"--train={tmp_path / 'c.txt'}", f"--keep={tmp_path / 'kept'}", "--methods", name, *CONSISTENCY]
+    (row,) = run(*words)["rows"]
+    found = row["consistency"]
+    assert (found["divergent_tokens"], found["margin"], found["logits_equal"]) == (0, None, True)
+    assert found["stored_bits"] == row["bits"]
+    report = json.loads((tmp_path / "kept" / f"{name}-8" / "compressed" / "export_report.json").read_text())
+    assert report["summary"]["profile"] == profile
 
 
 def test_a_divergent_token_fails_the_call_and_keeps_the_row(run, monkeypatch, tmp_path):

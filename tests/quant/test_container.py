@@ -6,10 +6,11 @@ from rans_kernels.coder import encode_tiles, weight_histogram
 from rans_kernels.coder.plan import choose_layout
 from torch import nn
 
-from qat.config import QuantConfig, ScaleRule
+from qat.config import Profile, QuantConfig, RateConfig, ScaleRule
 from qat.quant import prepare, weight_scale, weight_statistics
 from qat.quant.container import container_overhead, overhead_bits
 from qat.quant.modules import QATModule
+from qat.quant.rate import RateTerm
 
 
 def make_layer(rows: int, columns: int, scale: ScaleRule = ScaleRule.std) -> QATModule:
@@ -33,6 +34,17 @@ def test_of_a_tensor_that_is_coded_whole_it_is_exact(profile: str, rows: int, co
     layer = make_layer(rows, columns, ScaleRule.absmax if rows == 1 else ScaleRule.std)
     bits = weight_statistics(layer)["entropy"] + container_overhead({"layer": layer}, profile, panels=99)
     assert bits == pytest.approx(stored_bits(layer, profile), rel=1e-6)
+
+
+@pytest.mark.parametrize("profile", Profile)
+def test_what_is_added_to_an_ideal_code_stays_while_steps_move(profile: Profile) -> None:
+    layers = {"a": make_layer(256, 384, ScaleRule.learned), "b": make_layer(304, 1024, ScaleRule.learned)}
+    term = RateTerm(layers, RateConfig(profile=profile))
+    over = []
+    for octaves in (0.0, 0.7, 0.8):
+        term.shift(octaves)
+        over.append(term.entropy() + container_overhead(layers, profile.value, panels=99) - term.coded_bits)
+    assert max(over) - min(over) < 0.03
 
 
 @pytest.mark.parametrize("profile", ["compact", "fast", "auto"])

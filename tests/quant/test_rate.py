@@ -7,12 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from qat.config import Granularity, QuantConfig, RateConfig, RatePrice, ScaleRule
+from qat.errors import UserError
 from qat.quant import clipped_fraction, entropy, prepare, weight_statistics
 from qat.quant.rate import (
     RateTerm,
     integer_shares,
     logistic_spread,
     prior_bits,
+    pull_rate,
+    rate_loss,
+    rate_terms,
     share_entropy,
     table_bits,
     table_prices,
@@ -176,6 +180,76 @@ def test_histograms_remember_their_past():
         layer.weight.zero_()
     assert term.refresh() == 0
     assert torch.allclose(term.shares["layer"], 0.75 * first + 0.25 * (torch.arange(256) == 128))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_a_group_where_they_have_a_target(tiny, tied: bool):
+    model = prepare(tiny(tied), QuantConfig(embeddings=True, lm_head=True))
+    together, apart = (rate_terms(model, RateConfig(target_bits=3.0, embedding_bits=bits)) for bits in (None, 4.0))
+    assert {group: set(term.modules) for group, term in apart.items()} == {
+        "rate": {"up", "down"},
+        "rate/embedding": {"embed"} if tied else {"embed", "lm_head"},
+    }
+    assert [term.config.target_bits for term in apart.values()] == [3, 4]
+    assert sum(term.weights for term in apart.values()) == together["rate"].weights
+
+
+@pytest.mark.parametrize("options", [{"embeddings": True, "include": []}, {}])
+def test_a_group_without_weights_is_refused(tiny, options):
+    model = prepare(tiny(), QuantConfig(**options))
+    with pytest.raises(UserError, match=r"rate\.embedding_bits"):
+        rate_terms(model, RateConfig(target_bits=3.0, embedding_bits=4.0))
+
+
+def test_a_bit_costs_what_it_would_in_one_group_times_the_weight_of_its_own(tiny):
+    config = QuantConfig(embeddings=True, scale=ScaleRule.learned, init=ScaleRule.std)
+    gradients = []
+    for bits, weights in [
+        (None, {"rate": 1.0}),
+        (4.0, {"rate": 1.0, "rate/embedding": 1.0}),
+        (4.0, {"rate": 0.5, "rate/embedding": 3.0}),
+    ]:
+        model = prepare(tiny(), config)
+        terms = rate_terms(model, RateConfig(price=RatePrice.table, target_bits=3.0, embedding_bits=bits))
+        for term in terms.values():
+            term.refresh()
+        rate_loss(terms, weights).backward()
+        gradients.append((model.embed.weight.grad, model.up.weight.grad))
+    together, apart, weighted = gradients
+    for factor, one, same, own in zip((3.0, 0.5), together, apart, weighted, strict=True):
+        torch.testing.assert_close(same, one)
+        torch.testing.assert_close(own, factor * one)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_pull_in_the_gradient_of_the_loss(tiny, tied: bool):
+    config = QuantConfig(embeddings=True, lm_head=True, scale=ScaleRule.learned, init=ScaleRule.std)
+    model = prepare(tiny(tied), config)
+    terms = rate_terms(model, RateConfig(price=RatePrice.table, target_bits=3.0, embedding_bits=4.0))
+    for term in terms.values():
+        term.refresh()
+    weights = {"rate": 30.0, "rate/embedding": 200.0}
+    ids = torch.arange(8).reshape(4, 2)
+
+    def gradients(*batches: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            model(batch).square().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    plain = gradients(ids)
+    rate_loss(terms, weights).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    # by two micro-batches
+    pull_rate(terms, weights, 1 / 2)
+    torch.testing.assert_close(gradients(ids[:2], ids[2:]), expected, rtol=1e-4, atol=1e-4)
+    for name in ("embed.weight", "up.weight", "embed.weight_log2_scale", "up.weight_log2_scale"):
+        assert (expected[name] - plain[name]).abs().max() > 0.01, name
+    # a group without a weight adds nothing
+    pull_rate(terms, {"rate": 30.0})
+    found = gradients(ids)
+    torch.testing.assert_close(found["embed.weight"], plain["embed.weight"])
+    torch.testing.assert_close(found["up.weight"], expected["up.weight"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])

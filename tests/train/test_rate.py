@@ -12,7 +12,7 @@ import torch
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import compose
-from qat.config import Hold, RatePrice, ScaleRule, TrainConfig
+from qat.config import Granularity, Hold, Profile, RatePrice, ScaleRule, TrainConfig
 from qat.errors import UserError
 from qat.export import export
 from qat.lit import build
@@ -87,6 +87,70 @@ def test_steps_hold_the_target_with_and_without_a_price(make_rate_config: MakeRa
         assert weight[8] == pytest.approx(math.log(2) * (kl[7] + kl[8]), rel=1e-4)
 
 
+@pytest.mark.parametrize("hold", [Hold.steps, Hold.weight])
+def test_embedding_and_head_land_on_a_target_of_their_own(
+    make_rate_config: MakeRateConfig, tmp_path: Path, hold: Hold
+) -> None:
+    rate = {"target_bits": 10.0, "embedding_bits": 6.0, "lead": 0.3, "hold": hold, "freeze": 0.2, "weight": 0.3,
+            "proportional": 8.0, "integral": 0.3, "land": 1.0}  # fmt: skip
+    config = make_rate_config(60 if hold is Hold.weight else 20, **rate)
+    config.quant.embeddings, config.optim.scale_lr = True, 6e-2 if hold is Hold.weight else 3e-3
+    folder = build.train(config)
+    start = {group: metrics(folder, f"{group}/stored")[0] for group in ("rate", "rate/embedding")}
+    assert start == pytest.approx({"rate": 10.3, "rate/embedding": 6.3}, abs=0.1)
+    output = tmp_path / "exported"
+    export(compose("export", f"source={folder / 'checkpoints' / 'last.ckpt'}", f"output={output}"))
+    rows = [row for row in json.loads((output / "export_report.json").read_text())["layers"] if row["kind"] != "plain"]
+    ends = ["embed" in row["name"] for row in rows]
+    # the head shares the table
+    assert sum(ends) == 1
+    for group, wanted in {"rate": False, "rate/embedding": True}.items():
+        own = [row for row, end in zip(rows, ends, strict=True) if end is wanted]
+        bits = 8 * sum(row["bytes"] for row in own) / sum(row["weights"] for row in own)
+        assert bits == pytest.approx(rate["embedding_bits" if wanted else "target_bits"], abs=0.05)
+        assert list(metrics(folder, f"{group}/container").values())[-1] == pytest.approx(bits, abs=2e-3)
+
+
+def test_weights_that_fit_have_finer_steps_at_the_same_stored_bits(
+    make_rate_config: MakeRateConfig, tmp_path: Path
+) -> None:
+    found: dict[bool, Any] = {}
+    for fit in (False, True):
+        config = make_rate_config(
+            30, target_bits=11.5, profile=Profile.fast, fit=fit, hold=Hold.steps, lead=0.5, freeze=0.2, weight=0.1
+        )
+        config.name, config.optim.lr, config.optim.scale_lr = f"fit-{fit}", 1e-3, 1e-3
+        config.quant.granularity = Granularity.per_tensor
+        folder = build.train(config)
+        output = tmp_path / f"exported-{fit}"
+        source = f"source={folder / 'checkpoints' / 'last.ckpt'}"
+        export(compose("export", source, f"output={output}", "profile=fast"))
+        report = json.loads((output / "export_report.json").read_text())
+        assert report["summary"]["bits"] == pytest.approx(11.5, abs=0.25)
+        assert metrics(folder, "rate/container")[30] == pytest.approx(report["summary"]["bits"], abs=2e-3)
+        found[fit] = list(integers(folder).values()), metrics(folder, "quant/entropy")[30]
+        splits = [row["split"] for row in report["layers"] if row["kind"] != "plain"]
+        assert (set(splits) == {"c1r3"}) is fit
+    assert all(q.min() >= -8 and q.max() <= 7 for q in found[True][0])
+    # at the same stored bits steps are finer
+    assert found[True][1] > found[False][1] + 0.1
+
+
+@pytest.mark.parametrize("far", ["target_bits", "embedding_bits", None])
+def test_a_state_is_on_target_only_if_both_groups_are(make_rate_config: MakeRateConfig, far: str | None) -> None:
+    def prepared(**rate: Any) -> TrainConfig:
+        config = make_rate_config(2, weight=1e-9, proportional=0.0, integral=0.0, ramp=0.0, **rate)
+        config.quant.embeddings, config.optim.lr, config.optim.scale_lr = True, 0.0, 0.0
+        return config
+
+    # nothing moves: a target is met or missed from the start
+    folder = build.train(prepared(target_bits=1.0, embedding_bits=1.0))
+    keys = {"target_bits": "rate/stored", "embedding_bits": "rate/embedding/stored"}
+    targets = {key: metrics(folder, metric)[0] + (key == far) for key, metric in keys.items()}
+    folder = build.train(prepared(**targets))
+    assert (folder / "checkpoints" / "best.ckpt").exists() is (far is None)
+
+
 class Watch(pl.Callback):
     """Keeps the integers that every step computes with, and the scales."""
 
@@ -143,6 +207,10 @@ def test_a_checkpoint_of_frozen_integers_computes_as_it_trained(make_rate_config
     [
         ("rate.target_bits", {"target_bits": 3.0, "price": RatePrice.none}),
         ("rate.target_bits", {"target_bits": -1.0}),
+        ("rate.embedding_bits", {"target_bits": 3.0, "embedding_bits": 4.0}),
+        ("rate.fit", {"fit": True, "freeze": 0.1}),
+        ("rate.fit", {"fit": True, "profile": Profile.fast}),
+        ("rate.fit", {"fit": True, "profile": Profile.fast, "freeze": 0.1, "price": RatePrice.none}),
         ("rate.lead", {"lead": 0.5}),
         ("rate.weight", {"weight": None}),
         ("rate.freeze", {"freeze": 1.0}),
@@ -163,6 +231,19 @@ def test_a_value_without_meaning_is_named(make_rate_config: MakeRateConfig, key:
     build.check_config(make_rate_config())
     with pytest.raises(UserError, match=key):
         build.check_config(make_rate_config(**values))
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [({"embedding_bits": 4.0}, "rate.target_bits"), ({"target_bits": 3.0, "embedding_bits": 0.0}, "positive")],
+)
+def test_a_target_of_embedding_and_head_says_what_it_needs(
+    make_rate_config: MakeRateConfig, bits: dict[str, float], message: str
+) -> None:
+    config = make_rate_config(**bits)
+    config.quant.embeddings = True
+    with pytest.raises(UserError, match=f"rate.embedding_bits=.*{message}"):
+        build.check_config(config)
 
 
 @pytest.mark.parametrize("rate", [{"target_bits": 3.0}, {"freeze": 0.2}])

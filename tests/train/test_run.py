@@ -21,7 +21,17 @@ from transformers import AutoTokenizer
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import CONFIG_DIR, run_dir
-from qat.config import Hold, LoggerMode, QuantConfig, RatePrice, Rounding, TrainConfig, register_schemas, to_plain
+from qat.config import (
+    Hold,
+    LoggerMode,
+    Profile,
+    QuantConfig,
+    RatePrice,
+    Rounding,
+    TrainConfig,
+    register_schemas,
+    to_plain,
+)
 from qat.errors import UserError
 from qat.lit import build
 from qat.lit.callbacks import Checkpoints
@@ -127,21 +137,31 @@ def test_a_crashed_and_resumed_run_ends_as_the_unbroken_one(
 
 # with a target, noise, frozen integers: before and after the freeze at step 8, with and without a histogram
 @pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+@pytest.mark.parametrize("embedding_bits", [None, 7.0])
 @pytest.mark.parametrize("micro_batch", [3, 10, 15, 20])
 def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
-    make_rate_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, price: RatePrice, micro_batch: int
+    make_rate_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    price: RatePrice,
+    embedding_bits: float | None,
+    micro_batch: int,
 ) -> None:
-    rate = {"price": price, "target_bits": 12.0, "freeze": 0.34, "every": 3}
+    rate = {"price": price, "target_bits": 12.0, "embedding_bits": embedding_bits, "freeze": 0.34, "every": 3}
     if price is RatePrice.prior:
         rate |= {"hold": Hold.steps, "weight": None, "lead": 0.5}
-    unbroken = build.train(make_rate_config(12, **rate))
-    config = make_rate_config(12, **rate)
-    config.name = "broken"
+    elif embedding_bits is not None:
+        rate |= {"profile": Profile.fast, "fit": True}
+
+    def prepared(name: str) -> TrainConfig:
+        config = make_rate_config(12, **rate)
+        config.name, config.quant.embeddings = name, embedding_bits is not None
+        return config
+
+    unbroken = build.train(prepared("unbroken"))
     with pytest.raises(Crash):
-        run(config, monkeypatch, micro_batch, crash)
+        run(prepared("broken"), monkeypatch, micro_batch, crash)
+    config = prepared("broken")
     (folder,) = Path(config.paths.output_root, "broken").glob("2*")
-    config = make_rate_config(12, **rate)
-    config.name = "broken"
     config.trainer.resume = str(folder / "checkpoints" / "last.ckpt")
     run(config)
     assert_same_end(folder, unbroken)
@@ -249,8 +269,9 @@ def test_two_processes_train_as_one_does(make_config: MakeConfig, unbroken: Path
 @pytest.mark.slow
 def test_two_processes_steer_and_freeze_as_one_does(make_rate_config: Callable[..., TrainConfig]) -> None:
     def prepared() -> TrainConfig:
-        rate = {"target_bits": 10.2, "freeze": 0.5, "ramp": 0.2, "lead": 0.2, "weight": None, "hold": Hold.steps}
-        config = make_rate_config(6, **rate)
+        rate = {"target_bits": 10.2, "embedding_bits": 7.0, "freeze": 0.5, "ramp": 0.2, "lead": 0.2, "weight": None}
+        config = make_rate_config(6, hold=Hold.steps, **rate)
+        config.quant.embeddings = True
         config.quant.rounding, config.quant.columns = Rounding.gptq, 0.5
         return config
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qat.checkpoint import load_fake_quant
-from qat.config import Granularity, Hold, Rounding, ScaleRule, TrainConfig
+from qat.config import Granularity, Hold, Profile, Rounding, ScaleRule, TrainConfig
 from qat.errors import UserError
 from qat.lit import build
 from qat.quant import quantized_modules
@@ -116,8 +116,9 @@ def test_shards_that_stop_and_go_on_end_as_unbroken_ones(alike: Callable[..., Tr
 @pytest.mark.slow
 def test_shards_are_prepared_steered_and_frozen_as_one_process_is(make_rate_config: MakeRateConfig) -> None:
     def prepared() -> TrainConfig:
-        rate = {"target_bits": 10.2, "freeze": 0.5, "ramp": 0.2, "lead": 0.2, "weight": None, "hold": Hold.steps}
-        config = make_rate_config(6, **rate)
+        rate = {"target_bits": 10.2, "embedding_bits": 7.0, "freeze": 0.5, "ramp": 0.2, "lead": 0.2, "weight": None}
+        config = make_rate_config(6, hold=Hold.steps, profile=Profile.fast, fit=True, **rate)
+        config.quant.embeddings = True
         config.quant.rounding, config.quant.columns = Rounding.gptq, 0.5
         return config
 
