@@ -1,8 +1,8 @@
 """Time an optimiser step of training: `python -m benchmarks.step`. Writes benchmarks/results/step-<gpu>.json.
 
-A Llama of a named shape with random weights, float32 masters, bfloat16 by autocast, decoder layers compiled, chunked
-head, gradients clipped, fused AdamW; quantised as experiment=bookllama_rate says. All variants in one process, one
-after the other, each with a model of its own, plain fine-tuning at both ends, so that a clock that drifts shows:
+A Llama of a named shape with random weights, float32 masters, bfloat16 by autocast, decoder layers and loss compiled,
+chunked head, gradients clipped, fused AdamW; quantised as experiment=bookllama_rate says. All variants in one process,
+one after the other, each with a model of its own, plain fine-tuning at both ends, so that a clock that drifts shows:
 
     finetune       cross-entropy of the plain model: what the others are compared with
     qat            fake quantisation
@@ -34,7 +34,7 @@ from transformers.modeling_utils import PreTrainedModel
 from benchmarks.generate import SHAPES
 from qat.cli import compose
 from qat.config import Granularity, TrainConfig
-from qat.distill import distillation_loss
+from qat.distill import Losses, distillation_loss, token_losses
 from qat.errors import UserError
 from qat.inference import pick_device
 from qat.lit.module import parameter_groups
@@ -84,6 +84,7 @@ class Step:
             for model in (self.model, self.teacher):
                 if model is not None:
                     compile_layers(model)
+        self.losses: Losses = torch.compile(token_losses) if config.model.compile else token_losses
         optim = config.optim
         groups = parameter_groups(self.model, optim)
         self.optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
@@ -105,6 +106,7 @@ class Step:
                 kl_weight=float(self.teacher is not None),
                 ce_weight=float(self.teacher is None),
                 chunk_tokens=loss.chunk_tokens,
+                losses=self.losses,
             )
         result.loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.trainer.gradient_clip)
@@ -117,11 +119,9 @@ class Step:
         return model.base_model(input_ids=self.ids[:, :-1], use_cache=False).last_hidden_state
 
     def refresh(self) -> None:
-        """What a run does every rate.every steps: histograms, the price that is logged, the price that is paid."""
+        """What a run does every rate.every steps: histograms, and the price that is paid from then on."""
         for term in self.terms.values():
             term.refresh()
-            with torch.no_grad():
-                float(term.bits())
         pull_rate(self.terms, dict.fromkeys(self.terms, RATE_WEIGHT))
 
 

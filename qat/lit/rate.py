@@ -71,8 +71,7 @@ class Steered:
         self.controller.update(step, stored, kl)
         metrics = {"entropy": entropy, "stored": stored}
         if term.config.price is not RatePrice.none:
-            with torch.no_grad():
-                metrics |= {"price": float(term.bits()), "weight": self.controller.weight}
+            metrics["weight"] = self.controller.weight
         if term.config.target_bits is not None:
             metrics["target"] = self.controller.target(step)
         if octaves := self.controller.octaves(lr_share):
@@ -84,9 +83,9 @@ class RateControl(pl.Callback):
     """Steers weights of the rate term, or steps, to the targets; freezes integers for the last rate.freeze of a run.
 
     It acts between optimiser steps and before checkpoints are taken, so that a checkpoint holds what the next step
-    needs. Every rank computes the same. Writes rate/{price,entropy,stored,target,weight} with each histogram, and at
-    validation rate/container: stored bits with what the container adds measured anew. Where embedding and head have a
-    target of their own, theirs are rate/embedding/..., and the others' rate/...
+    needs. Every rank computes the same. Writes rate/{entropy,stored,target,weight} with each histogram; at validation
+    rate/price, the surrogate, and rate/container, stored bits with what the container adds measured anew. Where
+    embedding and head have a target of their own, theirs are rate/embedding/..., and the others' rate/...
     """
 
     def __init__(self, config: TrainConfig):
@@ -150,11 +149,17 @@ class RateControl(pl.Callback):
         self._steer(module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure the container."""
+        """Measure the container, and the price, which is a pass over all weights."""
         assert isinstance(module, QATModule)
-        if module.rate_terms and module.fake_quant_on:
-            terms = module.rate_terms.items()
-            module.write_metrics({f"{group}/container": self.groups[group].container(term) for group, term in terms})
+        if not (module.rate_terms and module.fake_quant_on):
+            return
+        metrics: dict[str, float] = {}
+        for group, term in module.rate_terms.items():
+            metrics[f"{group}/container"] = self.groups[group].container(term)
+            if term.config.price is not RatePrice.none and self._measured:
+                with torch.no_grad():
+                    metrics[f"{group}/price"] = float(term.bits())
+        module.write_metrics(metrics)
 
     @property
     def _measured(self) -> bool:

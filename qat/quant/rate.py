@@ -196,7 +196,7 @@ class RateTerm:
     @torch.no_grad()
     def entropy(self) -> float:
         """Entropy of the integers as they are stored, in bits a weight."""
-        return self._mean_entropy([integer_shares(q) for q in self.integers().values()])
+        return self._mean_entropy(torch.stack([integer_shares(q) for q in self.integers().values()]))
 
     @torch.no_grad()
     def integers(self) -> dict[str, Tensor]:
@@ -239,12 +239,12 @@ class RateTerm:
                 name: self._shares(whole(module.weight), module.scale(), *grid(module.quant_config))
                 for name, module in self.modules.items()
             }
-        for name, shares in found.items():
-            past = self.shares.get(name, shares).to(shares.device)
-            self.shares[name] = shares.lerp(past, self.config.ema)
+        now = torch.stack(list(found.values()))
+        past = torch.stack([self.shares.get(name, shares).to(shares.device) for name, shares in found.items()])
+        self.shares.update(zip(found, now.lerp(past, self.config.ema), strict=True))
         self._about.clear()
         self._pulling = None
-        return self._mean_entropy(list(found.values()))
+        return self._mean_entropy(now)
 
     @torch.no_grad()
     def pull(self, weight: float) -> None:
@@ -287,9 +287,9 @@ class RateTerm:
             self._about[name] = logistic_spread(shares) if noisy else table_prices(shares)
         return self._about[name]
 
-    def _mean_entropy(self, shares: list[Tensor]) -> float:
+    def _mean_entropy(self, shares: Tensor) -> float:
         sizes = [module.weight.numel() for module in self.modules.values()]
-        bits = share_entropy(torch.stack(shares))
+        bits = share_entropy(shares)
         entropy = float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
         self.coded_bits = entropy
         if self.config.profile is not Profile.compact:
