@@ -195,7 +195,7 @@ class RateConfig:
     freeze: float = 0.0
     """Last share of max_steps, in which integers stay and all else goes on. Needs quant.scale=learned."""
     land: float = 0.05
-    """Octaves that all steps may move at the freeze to hit the target; many undo what rounding was trained to."""
+    """Octaves that all steps may move at the freeze to come near the target; many undo what rounding was trained to."""
     every: int = 10
     """Optimiser steps between histograms, from which prices and the controller follow."""
     ema: float = 0.5

@@ -182,6 +182,19 @@ def test_histograms_remember_their_past():
     assert torch.allclose(term.shares["layer"], 0.75 * first + 0.25 * (torch.arange(256) == 128))
 
 
+def test_histograms_of_large_tensors_are_of_rows_from_all_over(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 640, bias=False)
+    # rows that differ, from the first to the last
+    layer.weight.data = torch.randn(640, 64) * torch.linspace(0.5, 2, 640)[:, None]
+    model = prepare(nn.Sequential(layer), QuantConfig(scale=ScaleRule.learned, granularity=Granularity.per_tensor))
+    term = RateTerm({"layer": model[0]}, RateConfig(price=RatePrice.table))
+    exact = term.refresh()
+    assert exact == pytest.approx(term.entropy())
+    monkeypatch.setattr("qat.quant.rate.SAMPLE", 10_000)
+    assert exact != term.refresh() == pytest.approx(exact, abs=0.05)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding_and_head_are_a_group_where_they_have_a_target(tiny, tied: bool):
     model = prepare(tiny(tied), QuantConfig(embeddings=True, lm_head=True))

@@ -151,6 +151,18 @@ def test_a_state_is_on_target_only_if_both_groups_are(make_rate_config: MakeRate
     assert (folder / "checkpoints" / "best.ckpt").exists() is (far is None)
 
 
+@pytest.mark.parametrize(("near", "target"), [(99.0, 10.0), (0.0, 10.0), (0.5, 2.0)])
+def test_bits_near_the_target_are_left_as_they_are_at_the_freeze(
+    make_rate_config: MakeRateConfig, monkeypatch: pytest.MonkeyPatch, near: float, target: float
+) -> None:
+    goals: list[float] = []
+    monkeypatch.setattr("qat.lit.rate.LANDED", near)
+    monkeypatch.setattr("qat.quant.rate.RateTerm.land", lambda self, measure, goal, octaves: goals.append(goal))
+    build.train(make_rate_config(6, target_bits=target, freeze=0.5))
+    # otherwise they are brought no nearer than that
+    assert goals == ([] if near > 9 else [target + near])
+
+
 class Watch(pl.Callback):
     """Keeps the integers that every step computes with, and the scales."""
 
