@@ -16,6 +16,7 @@ import math
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,11 +264,13 @@ def merge(path: Path, setting: dict[str, Any], rows: list[dict[str, Any]]) -> li
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity over the base's and KL against stored bits; equal rows give equal files.
 
-    The first text is drawn solid, the others broken.
+    Of methods with several targets, if there are any. The first text is drawn solid, the others broken.
     """
+    methods = Counter(row["method"] for row in rows)
+    names = [name for name, count in methods.items() if count > 1] or list(methods)
     matplotlib.rcParams["svg.hashsalt"] = "frontier"
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    for index, name in enumerate(names):
         own = sorted((row for row in rows if row["method"] == name), key=lambda row: row["bits"])
         bits, colour = [row["bits"] for row in own], COLOURS[index % len(COLOURS)]
         marker = MARKERS[index // len(COLOURS) % len(MARKERS)]
@@ -335,7 +338,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of train.py, for all that train")
     parser.add_argument("--consistency", type=int, default=0, metavar="PROMPTS",
                         help="export what was trained, and compare the tokens that both models generate")  # fmt: skip
-    parser.add_argument("--consistency-device", help="to compare on, if not --device: on cpu not a bit may differ")
+    parser.add_argument("--consistency-device", default="cpu", help="to compare on; on cpu not a bit may differ")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for checkpoints and exports of what was trained")
     parser.add_argument("--seq-len", type=int, default=512, help="predicted tokens of a window")
     parser.add_argument("--device", default="auto")
@@ -365,7 +368,7 @@ def main(words: Sequence[str] | None = None) -> None:
     training = Training(
         args.model, args.train, args.valid[0][1], args.tokens, args.seq_len, args.batch,
         min(args.batch, args.micro_batch), args.cache, "gpu" if device.type == "cuda" else device.type, args.set,
-        args.consistency, str(pick_device(args.consistency_device or args.device)), args.keep, args.label,
+        args.consistency, str(pick_device(args.consistency_device)), args.keep, args.label,
     ) if args.train else None  # fmt: skip
     study = Study(args.model, calibration, device, training)
     path = args.results / f"frontier-{args.model.name}.json"

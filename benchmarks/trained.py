@@ -63,8 +63,6 @@ OWN_TARGET = {"rate-whole"}
 ABOVE = 0.5
 """Bits that embedding and head are held above the other layers: best for rounding bookllama-16m (docs/frontier.md)."""
 
-ROWS = 64
-"""Prompts at once: so many rows the contract makes equal to the bit, more may be multiplied in another order."""
 NEW_TOKENS = 256
 """Generated for a prompt to compare models by."""
 
@@ -231,7 +229,7 @@ def compare(compressed: Path, checkpoint: Path, training: Training) -> dict[str,
         compose(
             "eval", f"compressed={compressed}", f"checkpoint={checkpoint}", f"text={training.valid}",
             f"output={checkpoint.parents[1] / 'report'}", f"device={training.device}", f"prompts={training.prompts}",
-            f"new_tokens={NEW_TOKENS}", f"seq_len={training.seq_len}", "windows=16", f"batch_size={ROWS}",
+            f"new_tokens={NEW_TOKENS}", f"seq_len={training.seq_len}", "windows=16", "batch_size=128",
             "logger=disabled", f"paths.cache={training.cache}",
         )
     )  # fmt: skip
