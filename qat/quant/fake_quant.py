@@ -93,7 +93,8 @@ class _FakeQuantize(torch.autograd.Function):
             grad_weight = grad.masked_fill(outside, 0)
             pull = None
             if slopes is not None:
-                pull = slopes.take((clipped + 128).long()).masked_fill_(outside, 0)
+                # in bounds whatever the weight: one that is not finite shall end as a loss that is not
+                pull = slopes.take((clipped + 128).long().clamp_(0, 255)).masked_fill_(outside, 0)
                 pull.div_(expand_scale(scale, weight.shape[1], ctx.group_size))
                 grad_weight.add_(pull)
             grad_weight = grad_weight.to(weight.dtype)

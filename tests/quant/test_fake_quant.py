@@ -146,3 +146,10 @@ def test_frozen_integers_hold_whatever_the_weight_and_give_the_scale_its_gradien
     assert weight.grad is not None and not weight.grad.any()
     per_group = torch.stack([part.sum(1) for part in expected.grad.split(32, 1)], 1)
     torch.testing.assert_close(scale.grad, per_group)
+
+
+def test_weights_that_are_not_finite_look_no_price_up_out_of_bounds():
+    weight = torch.tensor([[1.0, float("nan"), float("inf"), -float("inf")]], requires_grad=True)
+    slopes = torch.arange(256.0)
+    fake_quantize(weight, torch.ones(1, 1), 127, torch.float32, slopes=slopes).sum().backward()
+    assert weight.grad[0, 0] == 1 + slopes[129]
