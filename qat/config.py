@@ -224,6 +224,8 @@ class OptimConfig:
     embedding_lr: float | None = None
     """Rate of the input embedding, and of a head tied to it; null is `lr`, 0 keeps them as they are."""
     weight_decay: float = 0.0
+    anchor: float = 0.0
+    """Pull of weight matrices to where they began, by so much times the learning rate a step (qat/lit/anchor.py)."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

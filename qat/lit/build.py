@@ -23,6 +23,7 @@ from qat.checkpoint import read_checkpoint
 from qat.cli import run_dir
 from qat.config import Granularity, Hold, Profile, RatePrice, ScaleRule, TrainConfig, to_plain
 from qat.errors import UserError
+from qat.lit.anchor import Anchor
 from qat.lit.callbacks import AtomicCheckpointIO, Checkpoints, Interrupted, TrainMetrics
 from qat.lit.data import TextDataModule, accumulate_grad_batches
 from qat.lit.figures import FirstDivergence, QuantStatistics
@@ -85,6 +86,7 @@ def check_config(config: TrainConfig) -> None:
     loss, trainer, quant = config.loss, config.trainer, config.quant
     checks = {
         "loss.kl and loss.ce must not be negative, nor both 0": min(loss.kl, loss.ce) >= 0 < max(loss.kl, loss.ce),
+        f"optim.anchor={config.optim.anchor}: must not be negative": config.optim.anchor >= 0,
         f"loss.temperature={loss.temperature}: must be positive": loss.temperature > 0,
         f"loss.chunk_tokens={loss.chunk_tokens}: must be at least 1": loss.chunk_tokens >= 1,
         f"trainer.precision={trainer.precision}: must be auto, 32-true or bf16-mixed": (
@@ -217,6 +219,8 @@ def build_trainer(config: TrainConfig, run: Path) -> pl.Trainer:
             callbacks=[
                 TrainMetrics(trainer_config.log_every),
                 *([Start(config)] if uses_start(config) else []),
+                # before what freezes weights
+                *([Anchor(config)] if config.optim.anchor else []),
                 # after what reads the step's figures, before what reports and saves its own
                 *([RateControl(config)] if uses_rate(config) else []),
                 QuantStatistics(config.logger.layers),

@@ -159,6 +159,7 @@ def test_rates_are_down_at_the_freeze_and_rise_once_more(make_config: MakeConfig
         ("trainer", "max_steps", 0),
         ("trainer", "valid_every", 0),
         ("quant", "start_step", 6),
+        ("optim", "anchor", -1.0),
     ],
 )
 def test_a_value_without_meaning_is_named(make_config: MakeConfig, group: str, key: str, value: object) -> None:
