@@ -16,7 +16,7 @@ from qat.quant.container import overhead_bits
 from qat.quant.control import BitsController, freeze_step, rate_groups
 from qat.quant.rate import RateTerm
 
-LANDED = 0.03
+LANDED = 0.015
 """Bits a weight beside the target that are left as they are at the freeze. Training gathers weights at thresholds, and
 a common factor rounds many of them anew: 0.014 bits of it took a third more divergence (docs/frontier.md)."""
 TOLERANCE = 0.05
