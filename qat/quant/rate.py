@@ -35,11 +35,12 @@ from qat.quant.shards import held, summed, whole
 
 SAMPLE = 1 << 20
 """Weights of a tensor that a histogram is taken of, at least, by evenly spread rows: its entropy is uncertain by 0.002
-bits, and the large matrices of a large model cost a step no more than that."""
+bits, and the large matrices of a large model cost a step no more than that. Not for a profile whose code has ranges,
+which a few weights that a sample misses decide."""
 DEAREST = 12.0
 """Bits of an integer that has one slot of the largest table, 2^12."""
 
-M = TypeVar("M", bound=QATModule)
+M = TypeVar("M", bound=nn.Module)
 
 # of the logistic distribution, below which its bins would leave the range of exp
 MIN_SPREAD = 0.05
@@ -244,10 +245,12 @@ class RateTerm:
         if self.config.fit:
             found = {name: integer_shares(q) for name, q in self.integers().items()}
         else:
-            found = {
-                name: self._shares(*sampled_rows(whole(module.weight), module.scale()), *grid(module.quant_config))
-                for name, module in self.modules.items()
-            }
+            found = {}
+            for name, module in self.modules.items():
+                rows = whole(module.weight), module.scale()
+                if self.config.profile is Profile.compact:
+                    rows = sampled_rows(*rows)
+                found[name] = self._shares(*rows, *grid(module.quant_config))
         now = torch.stack(list(found.values()))
         past = torch.stack([self.shares.get(name, shares).to(shares.device) for name, shares in found.items()])
         self.shares.update(zip(found, now.lerp(past, self.config.ema), strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.config import Granularity, QuantConfig, RateConfig, RatePrice, ScaleRule
+from qat.config import Granularity, Profile, QuantConfig, RateConfig, RatePrice, ScaleRule
 from qat.errors import UserError
 from qat.quant import clipped_fraction, entropy, prepare, weight_statistics
 from qat.quant.rate import (
@@ -193,6 +193,16 @@ def test_histograms_of_large_tensors_are_of_rows_from_all_over(monkeypatch: pyte
     assert exact == pytest.approx(term.entropy())
     monkeypatch.setattr("qat.quant.rate.SAMPLE", 10_000)
     assert exact != term.refresh() == pytest.approx(exact, abs=0.05)
+    # but where one weight can widen the range of all, that one is seen
+    term.config.profile = Profile.fast
+    # integers up to 8
+    term.shift(4)
+    for row in (1, 2, 3):
+        term.refresh()
+        before = term.coded_bits
+        layer.weight.data[row, 0] = 2.3 * layer.weight.data.abs().max()
+        term.refresh()
+        assert term.coded_bits > before + 0.5
 
 
 @pytest.mark.parametrize("tied", [True, False])
