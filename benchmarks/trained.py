@@ -137,7 +137,7 @@ def end_share(folder: Path) -> float:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(folder))
     ends, everything = (
-        sum({id(m.weight): m.weight.numel() for m in exact_modules(model, ends_only).values()}.values())
+        sum(module.weight.numel() for module in distinct_weights(exact_modules(model, ends_only)).values())
         for ends_only in (True, False)
     )
     return ends / everything

@@ -28,6 +28,7 @@ class Anchor(pl.Callback):
         """Args: config: of the run."""
         self.config = config.optim
         self._start: list[Tensor] = []
+        self._weights: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The start, in the order of the parameters."""
@@ -39,11 +40,14 @@ class Anchor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remember where a run begins; a resumed one knows."""
-        weights = self._matrices(module)
+        assert isinstance(module, QATModule)
+        groups = parameter_groups(module.model, self.config)
+        weights: list[Tensor] = next((group["params"] for group in groups if group["name"] == "matrices"), [])
         if self._start:
             self._start = [spread_as(start.to(w.device), w) for start, w in zip(self._start, weights, strict=True)]
         else:
             self._start = [weight.detach().to(torch.bfloat16) for weight in weights]
+        self._weights = weights
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -53,10 +57,5 @@ class Anchor(pl.Callback):
         assert isinstance(module, QATModule)
         if ends_step(trainer, batch_idx):
             share = min(1.0, module.last_lr * self.config.anchor)
-            for weight, start in zip(self._matrices(module), self._start, strict=True):
+            for weight, start in zip(self._weights, self._start, strict=True):
                 weight.lerp_(start.to(weight.dtype), share)
-
-    def _matrices(self, module: pl.LightningModule) -> list[Tensor]:
-        assert isinstance(module, QATModule)
-        groups = parameter_groups(module.model, self.config)
-        return next((group["params"] for group in groups if group["name"] == "matrices"), [])

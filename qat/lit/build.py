@@ -33,7 +33,7 @@ from qat.lit.rate import RateControl
 from qat.lit.sharded import ShardedStrategy
 from qat.lit.start import Start, uses_start
 from qat.model import load_config, load_tokenizer
-from qat.quant import quantized_modules
+from qat.quant import distinct_weights, quantized_modules
 from qat.quant.control import freeze_step
 
 log = logging.getLogger(__name__)
@@ -310,12 +310,12 @@ def _start_run(config: TrainConfig, run: Path, module: QATModule) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(run.name)
     os.replace(link, run.parent / "latest")
-    layers = quantized_modules(module.model).values()
+    layers = quantized_modules(module.model)
     log.info(
         "%s: %.1f M parameters, %.1f M of them quantised in %d layers; %d tokens a step; writing to %s",
         type(module.model).__name__,
         sum(p.numel() for p in module.model.parameters()) / 1e6,
-        sum({id(m.weight): m.weight.numel() for m in layers}.values()) / 1e6,
+        sum(layer.weight.numel() for layer in distinct_weights(layers).values()) / 1e6,
         len(layers),
         config.data.batch_size * config.data.seq_len,
         run,
