@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rans_kernels.coder import EncodedTensor, decode_tiles
-from rans_kernels.format import FORMAT_VERSION, LANES, ROW_WORDS, FormatError, TileLayout, crc32
+from rans_kernels.format import FORMAT_VERSION, LANES, READ_VERSIONS, ROW_WORDS, FormatError, TileLayout, crc32
 
 QUANT_METHOD = "codecllm"
 BUFFERS = ("weight", "weight_words", "weight_offsets", "weight_freqs", "weight_scale")
@@ -140,10 +140,9 @@ def parse_layers(config: dict[str, Any]) -> dict[str, LayerEntry]:
             f"quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}: not a codecllm folder"
         )
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise FormatError(
-            f"format_version is {version}; this codecllm reads {FORMAT_VERSION}: install one that reads it"
-        )
+    if version not in READ_VERSIONS:
+        read = " and ".join(map(str, READ_VERSIONS))
+        raise FormatError(f"format_version is {version}; this codecllm reads {read}: install one that reads it")
     layers = {}
     for name, data in config.get("layers", {}).items():
         try:

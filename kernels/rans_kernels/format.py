@@ -1,10 +1,11 @@
-"""The one definition of the tile format, version 2; needs numpy alone. docs/format.md specifies it in prose.
+"""The one definition of the tile format, version 3; needs numpy alone. docs/format.md specifies it in prose.
 
 A weight matrix [N, K] of integers is cut into *tiles* of 16 rows x `units` * 64 columns, one for each warp of 32 lanes.
 A *unit* is 16 rows x 64 columns; a lane's 32 weights of it are the A operands of four m16n8k16 MMAs. A weight has
 `coded_bits` (C) coded and `raw_bits` (R) verbatim bits; a symbol, one byte, holds the coded bits of 8 / C weights. Each
 lane has a rANS state of 32 bits; the lanes of a tile share one stream of 16-bit words. Of 16-bit floats the high byte
-is coded so, and the low byte stored beside the raw bits: nothing is lost.
+is coded so, and the low byte stored beside the raw bits: nothing is lost. A matrix of few columns may be *folded*: the
+coded matrix has some of its rows one after another in each of its own.
 """
 
 import zlib
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READ_VERSIONS = (2, FORMAT_VERSION)
+"""Versions that are read: in 2 nothing is folded."""
 LANES = 32
 UNIT_ROWS = 16
 UNIT_COLUMNS = 64
@@ -96,6 +99,7 @@ class TileLayout:
         probability_bits: frequencies of the table add up to 2 ** probability_bits.
         dtype: of the weights: int8, bfloat16 or float16.
         windows: of floats, where the ranges begin that their high bytes, without the signs, lie in; a coded value each.
+        fold: rows of the weight that are one row of the coded matrix, one after another; 1 of floats.
     """
 
     shape: tuple[int, int]
@@ -104,6 +108,7 @@ class TileLayout:
     probability_bits: int = 12
     dtype: str = "int8"
     windows: tuple[int, ...] = ()
+    fold: int = 1
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 0:
@@ -121,6 +126,11 @@ class TileLayout:
         ascend = all(a < b for a, b in zip((-1, *self.windows), (*self.windows, 128), strict=True))
         if not ascend or not min(1, most) <= len(self.windows) <= most:
             raise FormatError(f"windows {self.windows} are not up to {most} numbers from 0 to 127, ascending")
+        if not 1 <= self.fold <= max(1, self.shape[0]) or self.shape[0] % self.fold:
+            raise FormatError(f"fold is {self.fold}, which does not divide the rows of shape {self.shape}")
+        if self.is_float and self.fold > 1:
+            # a product adds zero times the rows beside, which floats that are not finite make NaN
+            raise FormatError(f"fold is {self.fold}; {self.dtype} weights are not folded")
 
     @property
     def is_float(self) -> bool:
@@ -128,9 +138,14 @@ class TileLayout:
         return self.dtype in FLOATS
 
     @property
+    def coded_shape(self) -> tuple[int, int]:
+        """(N / fold, fold K) of the coded matrix: that of the panels, a plain reshape of the weight."""
+        return self.shape[0] // self.fold, self.shape[1] * self.fold
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Panels along N and tiles along K; tiles are numbered panel by panel."""
-        return -(-self.shape[0] // UNIT_ROWS), -(-self.panel_units // self.units)
+        return -(-self.coded_shape[0] // UNIT_ROWS), -(-self.panel_units // self.units)
 
     @property
     def tiles(self) -> int:
@@ -140,7 +155,7 @@ class TileLayout:
     @property
     def panel_units(self) -> int:
         """Units of a panel."""
-        return -(-self.shape[1] // UNIT_COLUMNS)
+        return -(-self.coded_shape[1] // UNIT_COLUMNS)
 
     @property
     def most_units(self) -> int:
@@ -236,8 +251,10 @@ class TileLayout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        floats = {"dtype": self.dtype, "windows": list(self.windows)} if self.is_float else {}
-        return floats | {
+        extra: dict[str, Any] = {"dtype": self.dtype, "windows": list(self.windows)} if self.is_float else {}
+        if self.fold > 1:
+            extra["fold"] = self.fold
+        return extra | {
             "shape": list(self.shape),
             "coded_bits": self.split.coded_bits,
             "raw_bits": self.split.raw_bits,
@@ -257,7 +274,8 @@ class TileLayout:
             split = Split(int(data["coded_bits"]), int(data["raw_bits"]))
             dtype = str(data.get("dtype", "int8"))
             windows = () if dtype == "int8" else tuple(int(start) for start in data["windows"])
-            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]), dtype, windows)
+            fold = int(data.get("fold", 1))
+            return cls((n, k), split, int(data["units"]), int(data["probability_bits"]), dtype, windows, fold)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise

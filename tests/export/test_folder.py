@@ -69,7 +69,7 @@ DAMAGE = {
     "config cut": (lambda f: (f / "config.json").write_text('{"a": '), "damaged"),
     "not compressed": (lambda f: (f / "config.json").write_text("{}"), "no quantization_config"),
     "other method": (lambda f: edit_config(f, lambda q: q.update(quant_method="gptq")), "not a codecllm folder"),
-    "newer version": (lambda f: edit_config(f, lambda q: q.update(format_version=3)), "format_version is 3"),
+    "newer version": (lambda f: edit_config(f, lambda q: q.update(format_version=4)), "format_version is 4"),
     "older version": (lambda f: edit_config(f, lambda q: q.update(format_version=1)), "format_version is 1"),
     "entry damaged": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].pop("units")), "units"),
     "rows altered": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(word_rows=-1)), "-1 rows of words"),

@@ -40,7 +40,7 @@ def decode_tiles(
     """Decode a weight matrix: int8 [N, K], or of floats their bits, uint16.
 
     Args:
-        layout: shape, split, units, precision and dtype.
+        layout: shape, split, units, precision, dtype and fold.
         heads: int32 [layout.head_rows, 32].
         words: int16 [rows, 8].
         offsets: int32 [tiles + 1].
@@ -55,7 +55,7 @@ def decode_tiles(
     if words.dtype != np.int16 or words.ndim != 2 or words.shape[1] != ROW_WORDS:
         raise FormatError(f"words are int16 [rows, {ROW_WORDS}], got {words.dtype} {words.shape}")
     layout.check(len(heads), len(words), offsets, freqs)
-    out = np.empty(layout.shape, np.int8)
+    out = np.empty(layout.coded_shape, np.int8)
     rows = offsets.astype(np.int64)
     # weights 4 j to 4 j + 3 of a lane stand side by side, a quad of 32 bits
     quads = np.ascontiguousarray((lane_positions()[:, ::4] @ [UNIT_COLUMNS, 1]).T // 4)
@@ -78,7 +78,7 @@ def decode_tiles(
         for fault, tile in pool.map(decode, runs):
             if fault:
                 raise FormatError(f"the stream of tile {tile} is damaged: {_FAULTS[fault]}")
-        return _join_low(layout, heads, out.view(np.uint8), pool) if layout.is_float else out
+        return _join_low(layout, heads, out.view(np.uint8), pool) if layout.is_float else out.reshape(layout.shape)
 
 
 def _join_low(

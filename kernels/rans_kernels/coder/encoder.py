@@ -60,7 +60,7 @@ def encode_tiles(weights: NDArray[np.integer], layout: TileLayout, workers: int 
 
     Args:
         weights: int8 [N, K], or uint16, the bits of floats, within the range of the layout's split.
-        layout: of the same shape.
+        layout: of the same shape; says whether the weight is folded.
         workers: threads; None takes every core.
 
     Raises:
@@ -69,7 +69,7 @@ def encode_tiles(weights: NDArray[np.integer], layout: TileLayout, workers: int 
     expected = np.dtype(np.uint16 if layout.is_float else np.int8)
     if weights.dtype != expected or weights.shape != layout.shape:
         raise FormatError(f"expected {expected} weights of shape {layout.shape}, got {weights.dtype} {weights.shape}")
-    encoder = (_FloatEncoder if layout.is_float else _IntegerEncoder)(weights, layout)
+    encoder = (_FloatEncoder if layout.is_float else _IntegerEncoder)(weights.reshape(layout.coded_shape), layout)
     step = max(1, RUN_UNITS // layout.units)
     runs = [range(t, min(t + step, layout.tiles)) for t in range(0, layout.tiles, step)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

@@ -19,7 +19,8 @@ def decode_reference(
 ) -> NDArray[np.int8] | NDArray[np.uint16]:
     """Decode a weight matrix: int8 [N, K], or of floats their bits, uint16. Arguments and errors as `decode_tiles`."""
     layout.check(len(heads), len(words), offsets, freqs)
-    n, k = layout.shape
+    # of the matrix that is coded
+    n, k = layout.shape[0] // layout.fold, layout.shape[1] * layout.fold
     panels, panel_units = (n + 15) // 16, (k + 63) // 64
     padded = np.zeros((panels * 16, panel_units * 64), np.uint16 if layout.is_float else np.int8)
     lane, head, tile = np.arange(32), 0, 0
@@ -42,7 +43,7 @@ def decode_reference(
                     padded[row, column] = weights[u, e]
             head += 1 + units * unit_rows
             tile += 1
-    return padded[:n, :k].copy()
+    return padded[:n, :k].copy().reshape(layout.shape)
 
 
 def _raw_bits(planes: NDArray[np.uint32], raw_bits: int) -> NDArray[np.int64]:

@@ -47,7 +47,7 @@ class CodedWeight:
         words: int16 [rows, 8].
         offsets: int32 [tiles + 1].
         table: what the device's kernels look slots up in, see `table.py`; on the CPU the frequencies, int16 [256].
-        layout: shape, split, units and precision.
+        layout: shape, split, units, precision and fold.
         word_rows: rows of words of the largest tile, rounded up by `round_rows`.
     """
 
@@ -91,14 +91,15 @@ class CodedWeight:
         # of a length that does not depend on how many there are
         windows = sum(1 << start for start in layout.windows)
         return [
-            *layout.shape, layout.split.coded_bits, layout.split.raw_bits, layout.units, layout.probability_bits,
-            DTYPES.index(layout.dtype), *(windows >> shift & 0xFFFFFFFF for shift in (0, 32, 64, 96)), self.word_rows,
+            *layout.shape, layout.fold, layout.split.coded_bits, layout.split.raw_bits, layout.units,
+            layout.probability_bits, DTYPES.index(layout.dtype),
+            *(windows >> shift & 0xFFFFFFFF for shift in (0, 32, 64, 96)), self.word_rows,
         ]  # fmt: skip
 
     @classmethod
     def of(cls, heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, numbers: list[int]) -> "CodedWeight":
         """Put together again what a custom operator was given."""
-        n, k, coded, raw, units, precision, dtype, *masks, word_rows = numbers
+        n, k, fold, coded, raw, units, precision, dtype, *masks, word_rows = numbers
         windows = tuple(32 * i + bit for i, mask in enumerate(masks) for bit in range(32) if mask >> bit & 1)
-        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], windows)
+        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], windows, fold)
         return cls(heads, words, offsets, table, layout, word_rows)
