@@ -92,6 +92,7 @@ class Int8Linear(nn.Module):
         bias: Tensor | None = None,
         group_size: int | None = None,
         units: int | None = None,
+        fold: int = 1,
     ):
         """Make the layer.
 
@@ -102,10 +103,11 @@ class Int8Linear(nn.Module):
             group_size: columns that share a scale, or None.
             units: of a tile (format.TileLayout): on a GPU, small batches are then multiplied in the order of a
                 weight coded in such tiles, to the bit; None leaves it to the library.
+            fold: of that weight (format.TileLayout).
         """
         super().__init__()
         self.out_features, self.in_features = q.shape
-        self.group_size, self.units = group_size, units
+        self.group_size, self.units, self.fold = group_size, units, fold
         self.register_buffer("weight_int8", q)
         self.register_buffer("weight_scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -115,7 +117,8 @@ class Int8Linear(nn.Module):
         if self.units is not None and x.device.type != "cpu":
             from rans_kernels.ops.int8_linear import int8_linear_tiled
 
-            return int8_linear_tiled(x, self.weight_int8, self.weight_scale, self.bias, self.units, self.group_size)
+            q, scale = self.weight_int8, self.weight_scale
+            return int8_linear_tiled(x, q, scale, self.bias, self.units, self.group_size, self.fold)
         return int8_linear(x, self.weight_int8, self.weight_scale, self.bias, self.group_size)
 
     def extra_repr(self) -> str:

@@ -112,7 +112,8 @@ class CompressedWeight(nn.Module):
         (n, k), layout = self.layout.shape, self.layout
         bits = 8 * self.stored_bytes / max(1, n * k)
         lossless = f"{layout.dtype}, " if layout.is_float else ""
-        coding = f"{lossless}split={layout.split}, units={layout.units}, bits={bits:.2f}"
+        fold = f"fold={layout.fold}, " if layout.fold > 1 else ""
+        coding = f"{lossless}split={layout.split}, units={layout.units}, {fold}bits={bits:.2f}"
         return f"in_features={k}, out_features={n}, {coding}, backend={self.backend}"
 
 
@@ -145,7 +146,8 @@ class CompressedLinear(CompressedWeight):
         Raises:
             TypeError: the weights are floats.
         """
-        return Int8Linear(self.weight_int8, self.weight_scale, self.bias, self.group_size, self.layout.units)
+        layout = self.layout
+        return Int8Linear(self.weight_int8, self.weight_scale, self.bias, self.group_size, layout.units, layout.fold)
 
 
 class CompressedEmbedding(CompressedWeight):

@@ -356,12 +356,12 @@ def describe(weight: CodedWeight, scale: Tensor | None, out: Tensor) -> list[Any
     Args:
         weight: of one matrix.
         scale: float32 [1, 1] or [N, 1]; None for INT8.
-        out: [N, K], K a multiple of COLUMNS.
+        out: of the shape of the coded matrix, but columns a multiple of COLUMNS.
     """
     layout = weight.layout
     factor = weight.table if scale is None else scale
     return [
-        weight.heads, weight.words, weight.offsets, weight.table, factor, out, layout.shape[0], out.shape[1],
+        weight.heads, weight.words, weight.offsets, weight.table, factor, out, layout.coded_shape[0], out.shape[1],
         layout.grid[1], layout.most_units, layout.panel_units, layout.tiles, int(factor.shape[0] > 1),
     ]  # fmt: skip
 
@@ -406,23 +406,26 @@ def rans_decode_gluon(
 
     Args:
         weight: of one matrix.
-        scale: float32 [1, 1] or [N, 1]; needed unless dtype is int8.
+        scale: float32 [1, 1] or, unless the weight is folded, [N, 1]; needed unless dtype is int8.
         dtype: int8, float16 or bfloat16.
         out: contiguous [N, K] of the dtype to write to, or None.
         launch: configuration; None takes the default.
     """
-    n, k = weight.layout.shape
+    n, k = weight.layout.coded_shape
     pitch = -(-k // COLUMNS[dtype]) * COLUMNS[dtype]
     # lanes store 16 bytes
-    if out is not None and pitch == k and out.data_ptr() % 16 == 0:
-        target = out
+    in_place = out is not None and pitch == k and out.data_ptr() % 16 == 0
+    if out is not None and in_place:
+        target = out.view(n, k)
     else:
         target = torch.empty(n, pitch, dtype=dtype, device=weight.heads.device)
     if weight.layout.tiles:
         options = launch_options([weight], dtype, launch)
         rans_decode_kernel[(-(-weight.layout.tiles // options["WARPS"]),)](*describe(weight, scale, target), **options)
-    found = target if pitch == k else target[:, :k].contiguous()
-    return found if out is None or out is target else out.copy_(found)
+    found = (target if pitch == k else target[:, :k].contiguous()).view(weight.layout.shape)
+    if out is None:
+        return found
+    return out if in_place else out.copy_(found)
 
 
 def plan_launch(

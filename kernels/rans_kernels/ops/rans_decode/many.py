@@ -54,8 +54,9 @@ class DecodePlan:
         for weight, scale, target in zip(weights, self.scales, self.out, strict=True):
             if target.shape != weight.layout.shape or target.dtype is not dtype or not target.is_contiguous():
                 raise ValueError(f"out is contiguous {dtype} {weight.layout.shape}, not {target.dtype} {target.shape}")
-            if weight.layout.tiles and fused_scale(weight, dtype, None) and shares_launch(target):
-                groups[weight.layout.split, weight.layout.probability_bits].append((weight, scale, target))
+            coded = target.view(weight.layout.coded_shape)
+            if weight.layout.tiles and fused_scale(weight, scale, dtype, None) and shares_launch(coded):
+                groups[weight.layout.split, weight.layout.probability_bits].append((weight, scale, coded))
             elif scale is None:
                 self.launches.append(partial(rans_decode, weight, target))
             else:

@@ -51,7 +51,7 @@ def rans_dequantize(
     if weight.layout.is_float:
         found = rans_decode(weight, out if dtype == weight.dtype else None).to(dtype)
         return found if out is None or out is found else out.copy_(found)
-    if fused_scale(weight, dtype, group_size):
+    if fused_scale(weight, scale, dtype, group_size):
         from rans_kernels.ops.rans_decode.gluon import rans_decode_gluon
 
         with on_device(weight.heads):
@@ -60,7 +60,9 @@ def rans_dequantize(
     return found if out is None else out.copy_(found)
 
 
-def fused_scale(weight: CodedWeight, dtype: torch.dtype, group_size: int | None) -> bool:
-    """Whether a kernel multiplies by the scale as it decodes."""
+def fused_scale(weight: CodedWeight, scale: Tensor | None, dtype: torch.dtype, group_size: int | None) -> bool:
+    """Whether a kernel multiplies by the scale as it decodes; scale: None for integers."""
     gluon = backend_of(weight.heads.device) == "gluon"
+    # a row of a folded weight's coded matrix has the scales of several
+    gluon = gluon and (scale is None or len(scale) == 1 or weight.layout.fold == 1)
     return gluon and group_size is None and dtype != torch.float32 and not weight.layout.is_float

@@ -38,7 +38,7 @@ def rans_decode_kernel(
 
 def rans_decode_triton(heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, layout: TileLayout) -> Tensor:
     """Decode to [N, K] in the dtype that was coded, on the heads' device. Arguments as `rans_decode`."""
-    n, k = layout.shape
+    n, k = layout.coded_shape
     out = torch.empty(n, k, dtype=torch.int16 if layout.is_float else torch.int8, device=heads.device)
     if layout.tiles:
         rans_decode_kernel[(triton.cdiv(layout.tiles, TILES),)](
@@ -46,4 +46,4 @@ def rans_decode_triton(heads: Tensor, words: Tensor, offsets: Tensor, table: Ten
             CODED=layout.split.coded_bits, RAW=layout.split.raw_bits, PROBABILITY_BITS=layout.probability_bits,
             TILES=TILES, FLOAT=layout.is_float, num_warps=TILES,
         )  # fmt: skip
-    return out.view(getattr(torch, layout.dtype))
+    return out.view(getattr(torch, layout.dtype)).view(layout.shape)

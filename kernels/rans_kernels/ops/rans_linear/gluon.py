@@ -258,7 +258,7 @@ def rans_linear_gluon(
         launch: configuration; None takes the table's.
     """
     x = pad_columns(x)
-    y = torch.empty(len(x), weight.layout.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(len(x), weight.layout.coded_shape[0], dtype=x.dtype, device=x.device)
     for first in range(0, len(x), MAX_ROWS):
         multiply_rows(x[first : first + MAX_ROWS], weight, scale, bias, y[first:], launch)
     return y
@@ -273,7 +273,7 @@ def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: i
     tiles, coded, raw = layout.grid[1], layout.split.coded_bits, layout.split.raw_bits
     word_bytes, ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
     column_blocks = triton.next_power_of_2(-(-rows // 8))
-    shape = sum(weight.layout.shape[0] for weight in weights), layout.shape[1]
+    shape = sum(weight.layout.coded_shape[0] for weight in weights), layout.coded_shape[1]
     warps, stages, overlap = launch or choose_launch(device, shape, column_blocks, tiles)
     stages = 1 if ring else stages
 
@@ -287,7 +287,7 @@ def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: i
     warps = fit_shared(device, warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))
     return {
-        "TILES": tiles, "SPAN": span_tiles(layout.shape[0], tiles), "CODED": coded, "RAW": raw,
+        "TILES": tiles, "SPAN": span_tiles(layout.coded_shape[0], tiles), "CODED": coded, "RAW": raw,
         "PRECISION": layout.probability_bits, "COLUMN_BLOCKS": column_blocks, "WARPS": warps, "STAGES": stages,
         "WORD_BYTES": word_bytes, "WORD_RING": ring, "OVERLAP": overlap, "FLOAT": layout.is_float,
         "RAGGED": layout.panel_units % layout.most_units > 0,
@@ -304,7 +304,7 @@ def multiply_rows(
     layout, (m, k) = weight.layout, x.shape
     rans_linear_kernel[(layout.grid[0],)](
         weight.heads, weight.words, weight.offsets, weight.table, scale, scale if bias is None else bias, x, y, m,
-        layout.shape[0], k, layout.most_units, layout.panel_units, int(scale.shape[0] > 1),
+        layout.coded_shape[0], k, layout.most_units, layout.panel_units, int(scale.shape[0] > 1),
         4 * weight.table.shape[1], STATE_LOW, HAS_BIAS=bias is not None, BFLOAT16=x.dtype is torch.bfloat16,
         **launch_options(x.device, [weight], m, launch),
     )  # fmt: skip

@@ -16,7 +16,8 @@ def rans_linear_grouped(
 ) -> list[Tensor]:
     """Multiply by several compressed weights: to the bit what `rans_linear` gives for each.
 
-    Weights of one `group_key`, at most MOST, share a launch of the fused kernel where that is used; others do not.
+    Weights of one `group_key`, at most MOST, share a launch of the fused kernel where that is used; others, and folded
+    ones, do not.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
@@ -59,7 +60,8 @@ def _rans_linear_grouped(
     rows = x.reshape(-1, x.shape[-1])
     # scales of one row are those of a tensor
     kinds = {(group_key(w.layout), scale.shape[0] > 1) for w, scale in zip(weights, scales, strict=True)}
-    alike = len(kinds) == 1 and len({bias.dtype for bias in biases}) <= 1 and all(w.layout.tiles for w in weights)
+    alike = len(kinds) == 1 and len({bias.dtype for bias in biases}) <= 1
+    alike = alike and all(w.layout.tiles and w.layout.fold == 1 for w in weights)
     dtype, device = weights[0].dtype, x.device
     fused = uses_fused_kernel(len(rows), device, x.dtype, None, dtype) and backend_of(device) == "gluon"
     fused = fused and not uses_wide_kernel(len(rows), device, dtype)

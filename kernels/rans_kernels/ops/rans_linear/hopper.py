@@ -309,7 +309,7 @@ def rans_linear_hopper(
     """
     x = pad_columns(x)
     layout, (m, k) = weight.layout, x.shape
-    n = layout.shape[0]
+    n = layout.coded_shape[0]
     panels, tiles = layout.grid
     span = tiles if launch and launch.chain else span_tiles(n, tiles)
     spans = -(-tiles // span)

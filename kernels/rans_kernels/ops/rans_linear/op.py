@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rans_kernels.format import TileLayout
 from rans_kernels.ops.coded import CodedWeight, backend_of, is_hopper, on_device
+from rans_kernels.ops.fold import gather_rows, multiplies_folded, place_rows
 from rans_kernels.ops.rans_linear.naive import rans_linear_naive
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ def uses_fused_kernel(
     group_size: int | None = None,
     weight_dtype: torch.dtype = torch.int8,
 ) -> bool:
-    """True if `rans_linear` on so many rows of `dtype` runs a fused kernel in the order that all batches share."""
+    """True if a product with so many rows of `dtype` runs a fused kernel in the order that all batches share.
+
+    Rows are those that the kernel gets: of a folded weight `fold` times those of x.
+    """
     backend = backend_of(device)
     if weight_dtype != torch.int8:
         # tensor cores multiply floats of one dtype
@@ -47,7 +51,10 @@ def chain_launch(
     layout: TileLayout, rows: int, device: torch.device, dtype: torch.dtype, group_size: int | None = None
 ) -> "WideLaunch | None":
     """Launch of the fused kernel that chains the tiles, where `rans_linear` on so many rows uses it."""
-    if not is_hopper(device) or dtype == torch.float32 or group_size is not None or layout.is_float:
+    if not is_hopper(device) or dtype == torch.float32 or group_size is not None:
+        return None
+    # placing so many rows of x would be more work than decoding
+    if layout.is_float or layout.fold > 1:
         return None
     from rans_kernels.ops.launch import choose_chain_launch
 
@@ -86,28 +93,40 @@ def _rans_linear(
     group_size: int | None,
 ) -> Tensor:
     weight = CodedWeight.of(heads, words, offsets, table, numbers)
-    rows = x.reshape(-1, x.shape[-1])
-    fused = uses_fused_kernel(len(rows), x.device, x.dtype, group_size, weight.dtype)
+    rows, fold = x.reshape(-1, x.shape[-1]), weight.layout.fold
+    fused = uses_fused_kernel(fold * len(rows), x.device, x.dtype, group_size, weight.dtype)
+    fused = fused and multiplies_folded(fold, scale, bias, group_size)
     chain = None if fused else chain_launch(weight.layout, len(rows), x.device, x.dtype, group_size)
     if not weight.layout.tiles or not (fused or chain):
         y = rans_linear_naive(rows, weight, scale, bias, group_size)
-    elif chain or uses_wide_kernel(len(rows), x.device, weight.dtype):
+    else:
+        with on_device(x):
+            y = gather_rows(_multiply(place_rows(rows, fold), weight, scale, bias, group_size, chain), fold)
+    return y.reshape(*x.shape[:-1], weight.layout.shape[0])
+
+
+def _multiply(
+    x: Tensor,
+    weight: CodedWeight,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int | None,
+    chain: "WideLaunch | None",
+) -> Tensor:
+    """Multiply x, placed if the weight is folded, by the coded matrix in the fused kernel of so many rows."""
+    if chain or uses_wide_kernel(len(x), x.device, weight.dtype):
         from rans_kernels.ops.rans_linear.hopper import rans_linear_hopper
 
-        with on_device(x):
-            y = rans_linear_hopper(rows, weight, scale, bias, chain)
-    elif backend_of(x.device) == "gluon":
+        return rans_linear_hopper(x, weight, scale, bias, chain)
+    if backend_of(x.device) == "gluon":
         from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon
 
-        with on_device(x):
-            y = rans_linear_gluon(rows, weight, scale, bias)
-    else:
-        from rans_kernels.ops.rans_linear.triton import rans_linear_triton
+        return rans_linear_gluon(x, weight, scale, bias)
+    from rans_kernels.ops.rans_linear.triton import rans_linear_triton
 
-        with on_device(x):
-            y = rans_linear_triton(rows, heads, words, offsets, table, scale, weight.layout, group_size)
-        y = y if bias is None else y + bias.to(y.dtype)
-    return y.reshape(*x.shape[:-1], weight.layout.shape[0])
+    arrays = (weight.heads, weight.words, weight.offsets, weight.table)
+    y = rans_linear_triton(x, *arrays, scale, weight.layout, group_size)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 @_rans_linear.register_fake

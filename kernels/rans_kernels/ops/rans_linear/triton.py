@@ -95,7 +95,7 @@ def rans_linear_triton(
     group_size: int | None,
 ) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype on a GPU; arguments as `rans_linear`."""
-    m, (n, k), slices = x.shape[0], layout.shape, layout.grid[1]
+    m, (n, k), slices = x.shape[0], layout.coded_shape, layout.grid[1]
     partial = torch.empty(slices, m, n, dtype=torch.float32, device=x.device)
     block_m = min(triton.next_power_of_2(m), BLOCK_M)
     rans_linear_kernel[(triton.cdiv(layout.tiles, TILES), triton.cdiv(m, block_m))](
