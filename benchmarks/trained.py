@@ -206,7 +206,11 @@ def train_variant(name: str, training: Training, target: float | None) -> Varian
             traceback.print_exc()
             found = {"error": str(error)}
     rounded = (
-        Rounded(*quantize_weight(layer.weight, layer.quant_config, layer.log2_scale), grid(layer.quant_config)[1])
+        Rounded(
+            *quantize_weight(layer.weight, layer.quant_config, layer.log2_scale),
+            grid(layer.quant_config)[1],
+            getattr(layer, "bias", None) is not None,
+        )
         for layer in layers
     )
     cost = stored_cost(rounded, profile)

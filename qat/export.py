@@ -190,8 +190,9 @@ def export_layer(
 ) -> tuple[dict[str, Any], LayerEntry, dict[str, Tensor]]:
     """Code and verify one weight, rounded to integers if it is to be: its row of the report, its entry, its buffers."""
     begin = time.perf_counter()
+    bias = getattr(module, "bias", None) is not None
     if isinstance(module, QATLinear | QATEmbedding):
-        weights, scale, layout, facts = plan_integers(name, source, config)
+        weights, scale, layout, facts = plan_integers(name, source, config, bias)
         group_size = grid(source.quant)[1]
     else:
         weights, layout, facts = plan_floats(name, source, config, dtype)
@@ -203,7 +204,6 @@ def export_layer(
     encoded = encode_tiles(weights, layout, config.workers)
     verify(name, weights, encoded, config.workers)
     kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
-    bias = getattr(module, "bias", None) is not None
     entry, buffers = LayerEntry.describe(kind, encoded, scale, group_size, bias)
     row = {
         "name": name,
@@ -216,6 +216,7 @@ def export_layer(
         "bytes": encoded.nbytes + scale.nbytes,
         "split": str(layout.split),
         "units": layout.units,
+        "fold": layout.fold,
         "clipped": round(facts["clipped"], 8),
         "seconds": round(time.perf_counter() - begin, 3),
     }
@@ -223,7 +224,7 @@ def export_layer(
 
 
 def plan_integers(
-    name: str, source: Source, config: ExportConfig
+    name: str, source: Source, config: ExportConfig, bias: bool
 ) -> tuple[np.ndarray, Tensor, TileLayout, dict[str, float]]:
     """A weight rounded to int8 [N, K], its scales, how to code it, and its entropy and share of clipped weights."""
     log2_key = f"{name}.weight_log2_scale"
@@ -232,7 +233,8 @@ def plan_integers(
     weights, (qmax, _) = q.numpy(), grid(source.quant)
     counts = weight_histogram(weights)
     clipped = float(counts[[128 - qmax, 128 + qmax]].sum() / weights.size)
-    layout = choose_layout(counts, (q.shape[0], q.shape[1]), config.profile.value)
+    foldable = scale.numel() == 1 and not bias
+    layout = choose_layout(counts, (q.shape[0], q.shape[1]), config.profile.value, foldable)
     return weights, scale, layout, {"entropy": entropy(counts), "clipped": clipped}
 
 

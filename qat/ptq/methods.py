@@ -23,11 +23,13 @@ class Rounded:
         q: int8 [N, K].
         scale: float32 [1, 1], [N, 1] or [N, G].
         group_size: columns that share a scale, or None.
+        bias: whether the layer has one.
     """
 
     q: Tensor
     scale: Tensor
     group_size: int | None = None
+    bias: bool = False
 
 
 @dataclass(frozen=True)

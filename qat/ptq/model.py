@@ -1,7 +1,7 @@
 """Round a whole model after training, and search a method's knob for the bits that its container shall have."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from rans_kernels.coder import encode_tiles, entropy, weight_histogram
@@ -72,8 +72,9 @@ class Trained:
         rounded: dict[str, Rounded] = {}
         for block in hessians:
             for name, hessian in block.items():
-                rounded[name] = layer = method.round(self.masters[name], knob, hessian)
-                weight = self.layers[name].weight
+                layer = method.round(self.masters[name], knob, hessian)
+                weight, bias = self.layers[name].weight, self.layers[name].bias
+                rounded[name] = replace(layer, bias=bias is not None)
                 weight.data.copy_(dequantize(layer.q, layer.scale, weight.dtype, layer.group_size))
         return rounded
 
@@ -108,7 +109,8 @@ def stored_cost(layers: Iterable[Rounded], profile: str = "compact") -> Cost:
     for layer in layers:
         q = layer.q.cpu().numpy()
         counts = weight_histogram(q)
-        layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile)
+        foldable = layer.scale.numel() == 1 and not layer.bias
+        layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile, foldable)
         stored += encode_tiles(np.ascontiguousarray(q), layout).nbytes + layer.scale.nbytes
         information += entropy(counts) * q.size
         weights += q.size

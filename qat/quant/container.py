@@ -30,7 +30,7 @@ def overhead_bits(modules: Mapping[str, QATModule], profile: str, panels: int, f
     Args:
         modules: fake-quantising layers; layers that share a weight must be there once.
         profile: compact, fast or auto, of the export.
-        panels: of 16 rows, spread evenly, that are coded of a tensor; if it has no more, the result is exact.
+        panels: of 16 rows of the coded matrix, spread evenly, that are coded; if it has no more, the result is exact.
         fit: as if weights were put inside the range of each tensor, see `qat.quant.fit`.
     """
     return {name: _overhead_bits(module, profile, panels, fit) for name, module in modules.items()}
@@ -41,10 +41,12 @@ def _overhead_bits(module: QATModule, profile: str, panels: int, fit: bool) -> f
     if fit:
         q = fit_integers(q)
     counts = integer_counts(q).cpu().numpy()
-    layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile)
-    sample = q[_panel_rows(q.shape[0], panels)].cpu().numpy()
-    encoded = encode_tiles(sample, replace(layout, shape=sample.shape))
     scales = module.scale().numel()
+    foldable = scales == 1 and getattr(module, "bias", None) is None
+    layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile, foldable)
+    rows = q.reshape(layout.coded_shape)
+    sample = rows[_panel_rows(len(rows), panels)].cpu().numpy()
+    encoded = encode_tiles(sample, replace(layout, shape=sample.shape, fold=1))
     # bits of the sample, scaled up to the tensor, and what a tensor has once
     grown = 8 * (encoded.nbytes - encoded.freqs.nbytes) - entropy(weight_histogram(sample)) * sample.size
     return grown * q.numel() / sample.size + 8 * encoded.freqs.nbytes + 32 * scales

@@ -14,6 +14,8 @@ FILLING = 1024
 """Tiles, a warp each, that fill a GPU: 8 a multiprocessor of an H200."""
 MOST_TILES = 16
 """Tiles of a panel where not storage but speed counts: the warps of the largest block."""
+FOLDED_UNITS = 32
+"""Units that a panel of a narrow matrix is folded to in `compact`: states then cost 24 / (32 * 32) bits or less."""
 COMPACT_BITS = 0.02
 """Bits a weight, of an ideal code, that `compact` may spend to look up two weights at once: twice as fast to decode."""
 AUTO_BITS = 0.1
@@ -78,6 +80,21 @@ def _fast_tiles(units: int) -> int:
     return min(MOST_TILES, 1 << (max(1, units // 8).bit_length() - 1))
 
 
+def choose_fold(shape: tuple[int, int]) -> int:
+    """Rows of a narrow weight in one of the coded matrix: a power of two, as few as make `FOLDED_UNITS` units.
+
+    Fewer where there are no whole panels of so many rows: folding adds no weight outside the matrix.
+
+    Args:
+        shape: (N, K) of the weight.
+    """
+    # the largest power of two that divides N
+    most, fold = shape[0] & -shape[0], 1
+    while 0 < fold * shape[1] <= (FOLDED_UNITS - 1) * UNIT_COLUMNS and 2 * fold * UNIT_ROWS <= most:
+        fold *= 2
+    return fold
+
+
 def choose_probability_bits(split: Split, shape: tuple[int, int]) -> int:
     """Precision of the frequencies: 12 where most of a weight is coded, for 0.07 bits a weight less than 10.
 
@@ -113,16 +130,23 @@ def choose_units(shape: tuple[int, int], profile: str) -> int:
     return min(units, max(8, -(-units // MOST_TILES))) if few else -(-units // tiles)
 
 
-def choose_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str) -> TileLayout:
+def choose_layout(
+    counts: NDArray[np.int64], shape: tuple[int, int], profile: str, foldable: bool = False
+) -> TileLayout:
     """Everything about how a layer is coded.
 
     Args:
         counts: histogram of the weights from -128 to 127, [256].
         shape: (N, K) of the weight.
         profile: compact, fast or auto.
+        foldable: whether there is one scale for all weights and no bias: only so do kernels multiply folded ones.
     """
     split = choose_split(counts, profile)
-    return TileLayout(shape, split, choose_units(shape, profile), choose_probability_bits(split, shape))
+    fold = choose_fold(shape) if foldable and profile == "compact" else 1
+    coded = shape[0] // fold, shape[1] * fold
+    # all units of a folded panel are one tile
+    units = choose_units(coded, profile) if fold == 1 else -(-coded[1] // UNIT_COLUMNS)
+    return TileLayout(shape, split, units, choose_probability_bits(split, coded), fold=fold)
 
 
 def choose_float_layout(counts: NDArray[np.int64], shape: tuple[int, int], profile: str, dtype: str) -> TileLayout:
