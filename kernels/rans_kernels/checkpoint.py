@@ -94,7 +94,7 @@ class LayerEntry:
                 str(data["kind"]), layout, int(data["word_rows"]), (scale_n, scale_groups),
                 None if size is None else int(size), bool(data["bias"]), sums,
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise FormatError(f"a layer's entry in config.json is damaged: {error!r}") from error
         n, k = layout.shape
         groups = 1 if entry.group_size is None else -(-k // max(1, entry.group_size))

@@ -276,7 +276,7 @@ class TileLayout:
             windows = () if dtype == "int8" else tuple(int(start) for start in data["windows"])
             fold = int(data.get("fold", 1))
             return cls((n, k), split, int(data["units"]), int(data["probability_bits"]), dtype, windows, fold)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(f"a layer's entry in config.json is damaged: {error!r}") from error

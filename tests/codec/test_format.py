@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rans_kernels.coder import encode_tiles, entropy, normalise_frequencies, weight_histogram
-from rans_kernels.coder.plan import choose_split, choose_units, split_bits
+from rans_kernels.coder.plan import choose_fold, choose_layout, choose_split, choose_units, split_bits
 from rans_kernels.format import (
     LANE_WEIGHTS,
     LANES,
@@ -27,7 +27,7 @@ LAYOUTS = [
     for shape in ((1, 1), (63, 257), (257, 63), (16, 64), (40, 1100), (0, 7), (7, 0))
     for split in (Split(8, 0), Split(2, 5))
     for units in (1, 3, 16)
-]
+] + [TileLayout(shape, Split(2, 5), 4, fold=fold) for shape, fold in (((64, 65), 2), ((48, 257), 8), ((33, 7), 33))]
 
 
 def test_every_weight_of_a_unit_has_one_place():
@@ -39,7 +39,8 @@ def test_every_weight_of_a_unit_has_one_place():
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_tiles_cover_the_matrix_and_no_unit_more(layout):
     panels, across = layout.grid
-    n, k = layout.shape
+    n, k = layout.coded_shape
+    assert n * k == layout.shape[0] * layout.shape[1]
     assert panels == -(-n // UNIT_ROWS)
     for panel in range(panels):
         units = [layout.tile_units(panel * across + a) for a in range(across)]
@@ -159,6 +160,43 @@ def test_profiles_other_than_compact_cut_more_tiles():
     assert tiles == {"compact": 4, "auto": 8, "fast": 8}
 
 
+@pytest.mark.parametrize(
+    ("shape", "fold"),
+    [
+        ((384, 384), 8), ((128, 384), 8), ((1024, 384), 8), ((32000, 384), 8), ((384, 1024), 2), ((384, 1985), 1),
+        ((384, 1984), 2), ((4096, 64), 32), ((4096, 65), 32), ((4096, 1), 256), ((64, 384), 4), ((48, 384), 1),
+        ((320, 384), 4), ((1001, 384), 1), ((0, 384), 1), ((384, 0), 1),
+    ],
+)  # fmt: skip
+def test_a_narrow_matrix_is_folded_to_a_panel_of_32_to_64_units_and_no_weight_is_added(shape, fold):
+    layout = choose_layout(weight_histogram(np.zeros(shape, np.int8)), shape, "compact", foldable=True)
+    plain = choose_layout(weight_histogram(np.zeros(shape, np.int8)), shape, "compact")
+    assert choose_fold(shape) == layout.fold == fold and plain.fold == 1
+    assert layout.panel_units <= 64 or fold == 1
+    assert layout.grid[0] * layout.panel_units <= plain.grid[0] * plain.panel_units
+    if fold == 1:
+        assert layout == plain
+    else:
+        assert layout.grid == (shape[0] // fold // UNIT_ROWS, 1)
+
+
+@pytest.mark.parametrize("profile", ["auto", "fast"])
+def test_no_other_profile_folds(profile):
+    counts = weight_histogram(gaussian(3, (384, 384)))
+    assert choose_layout(counts, (384, 384), profile, foldable=True) == choose_layout(counts, (384, 384), profile)
+
+
+def test_folding_saves_a_tenth_of_a_bit_in_a_narrow_matrix():
+    w = gaussian(3, (384, 384))
+    counts = weight_histogram(w)
+    plain, folded = (
+        8 * encode_tiles(w, choose_layout(counts, w.shape, "compact", foldable)).nbytes / w.size
+        for foldable in (False, True)
+    )
+    assert plain - folded > 0.1
+    assert folded < entropy(counts) + 0.06
+
+
 @pytest.mark.parametrize("profile", ["compact", "auto", "fast"])
 @pytest.mark.parametrize("values", [[0], [-128, 127], [-3, 4], []])
 def test_planned_splits_hold_the_weights(profile, values):
@@ -181,6 +219,22 @@ def test_layout_survives_json_and_damage_is_named():
         for bad in ("x", None, -7):
             with pytest.raises(FormatError):
                 TileLayout.from_json(layout.to_json() | {key: bad})
+
+
+def test_fold_survives_json_and_damage_is_named():
+    layout = TileLayout((64, 257), Split(2, 3), 5, 11, fold=8)
+    data = layout.to_json()
+    assert data["shape"] == [64, 257] and data["fold"] == 8
+    assert TileLayout.from_json(data) == layout
+    # absent where nothing is folded, as in version 2
+    assert "fold" not in TileLayout((64, 257), Split(2, 3)).to_json()
+    for bad in (0, -8, 3, 128, 10**30, "x", None, [8], float("nan"), float("inf")):
+        with pytest.raises(FormatError):
+            TileLayout.from_json(data | {"fold": bad})
+    with pytest.raises(FormatError, match="not folded"):
+        TileLayout((64, 257), Split(2, 3), dtype="bfloat16", windows=(60,), fold=2)
+    with pytest.raises(FormatError, match="does not divide"):
+        TileLayout((0, 257), Split(2, 3), fold=2)
 
 
 @pytest.mark.parametrize(

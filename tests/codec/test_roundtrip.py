@@ -38,14 +38,18 @@ def decoded(e: EncodedTensor, decode=decode_tiles, **options) -> np.ndarray:
 @settings(max_examples=150, deadline=None)
 @given(
     st.tuples(st.integers(0, 70), st.integers(0, 700)),
+    st.sampled_from((1, 2, 7)),
     st.sampled_from(SPLITS),
     st.sampled_from(UNITS),
     st.sampled_from((10, 11, 12)),
     st.sampled_from(KINDS),
     st.integers(0, 2**32 - 1),
 )
-def test_compiled_decoder_inverts_encoder(shape, split, units, probability_bits, kind, seed):
-    layout = TileLayout(shape, split, units, probability_bits)
+def test_compiled_decoder_inverts_encoder(coded_shape, fold, split, units, probability_bits, kind, seed):
+    # a matrix without rows is not folded
+    fold = fold if coded_shape[0] else 1
+    shape = fold * coded_shape[0], coded_shape[1]
+    layout = TileLayout(shape, split, units, probability_bits, fold=fold)
     w = weights_of(kind, shape, split, seed)
     e = encode_tiles(w, layout, workers=1)
     layout.check(len(e.heads), len(e.words), e.offsets, e.freqs)
@@ -59,6 +63,25 @@ def test_odd_shapes_survive_both_decoders(shape, kind):
     e = encode_tiles(w, TileLayout(shape, Split(8, 0), 2))
     assert np.array_equal(decoded(e), w)
     assert np.array_equal(decoded(e, decode_reference), w)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fold"), [((16, 65), 2), ((64, 257), 8), ((16, 1), 16), ((34, 100), 1), ((9, 63), 3)]
+)
+@pytest.mark.parametrize("kind", ["uniform", "one", "peaked"])
+@pytest.mark.parametrize("split", [Split(8, 0), Split(4, 2), Split(2, 3), Split(1, 4)], ids=str)
+def test_a_folded_weight_is_coded_as_its_reshape_and_survives_both_decoders(shape, fold, kind, split):
+    w = weights_of(kind, shape, split, 3)
+    coded = w.reshape(shape[0] // fold, -1)
+    e = encode_tiles(w, TileLayout(shape, split, 3, fold=fold))
+    plain = encode_tiles(coded, TileLayout(coded.shape, split, 3))
+    for name in ("heads", "words", "offsets", "freqs"):
+        assert np.array_equal(getattr(e, name), getattr(plain, name))
+    assert np.array_equal(decoded(e), w)
+    assert np.array_equal(decoded(e, decode_reference), w)
+    # whatever the order in memory
+    f = encode_tiles(np.asfortranarray(w), e.layout)
+    assert np.array_equal(f.heads, e.heads) and np.array_equal(f.words, e.words)
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)

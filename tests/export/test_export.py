@@ -29,6 +29,8 @@ def fake_quantised(source, folder):
     return prepare(model, from_plain(QuantConfig, quant))
 
 
+# rows enough for panels of folded ones
+NARROW = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 320}
 SETTINGS = {
     "absmax": ({}, {}, {}),
     "std 3 bits auto": ({}, {"scale": ScaleRule.std, "k": 0.52}, {"profile": Profile.auto}),
@@ -42,6 +44,9 @@ SETTINGS = {
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {"embeddings": True}, {}),
     "shards": ({}, {}, {"shard_size": "20KB"}),
+    "folded": (NARROW, {"bits": 4, "granularity": Granularity.per_tensor, "embeddings": True}, {}),
+    "folded, biases": (NARROW | {"attention_bias": True}, {"granularity": Granularity.per_tensor}, {}),
+    "folded, small tiles": (NARROW, {"granularity": Granularity.per_tensor}, {"units": 3}),
 }
 
 
@@ -56,6 +61,29 @@ def test_compressed_model_equals_the_fake_quantised_one(setting, tiny_llama, tmp
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits(plain), logits(compressed))
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
+
+
+def test_narrow_weights_of_one_scale_and_no_bias_are_folded_in_compact(tiny_llama, tmp_path):
+    source = tiny_llama(**NARROW, attention_bias=True)
+    quant = QuantConfig(granularity=Granularity.per_tensor, embeddings=True)
+    folder = run(source, tmp_path / "out", quant=quant)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 3
+    folds = {name: entry.get("fold", 1) for name, entry in config["layers"].items()}
+    assert len(folds) == 15
+    for name, fold in folds.items():
+        expected = 1 if "self_attn" in name else 4
+        if "gate_proj" in name or "up_proj" in name:
+            expected = 8
+        assert fold == expected
+    assert all(row.get("fold", 1) == folds.get(row["name"], 1) for row in report_of(folder))
+    for changes in ({"profile": Profile.auto}, {"quant": QuantConfig()}):
+        plain = run(source, tmp_path / f"plain {len(changes)} {next(iter(changes))}", **({"quant": quant} | changes))
+        assert all(row.get("fold", 1) == 1 for row in report_of(plain))
+
+
+def report_of(folder):
+    return json.loads((folder / "export_report.json").read_text())["layers"]
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -73,6 +73,9 @@ DAMAGE = {
     "older version": (lambda f: edit_config(f, lambda q: q.update(format_version=1)), "format_version is 1"),
     "entry damaged": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].pop("units")), "units"),
     "rows altered": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(word_rows=-1)), "-1 rows of words"),
+    "fold altered": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(fold=0)), "up_proj: fold is 0"),
+    "fold no divisor": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(fold=7)), "fold is 7"),
+    "fold of other tiles": (lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(fold=16)), "do not fit"),
     "shape altered": (
         lambda f: edit_config(f, lambda q: q["layers"][LAYER].update(shape=[80, 49])),
         "listed with shape",
@@ -94,6 +97,12 @@ def test_damage_is_one_clear_line(damage, folder):
     with pytest.raises(FormatError, match=message) as error:
         rans_kernels.load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_version_2_loads(folder):
+    expected = rans_kernels.load(folder).model.layers[0].mlp.up_proj.weight_int8
+    edit_config(folder, lambda q: q.update(format_version=2))
+    assert torch.equal(rans_kernels.load(folder).model.layers[0].mlp.up_proj.weight_int8, expected)
 
 
 def test_any_altered_byte_of_a_coded_tensor_is_noticed(folder):

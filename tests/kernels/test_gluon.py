@@ -88,6 +88,64 @@ def test_product_is_right_equal_to_the_dense_kernel_and_the_same_in_any_batch(sh
         assert torch.equal(rans_linear(x[begin:end], coded, scale, offset), y[begin:end])
 
 
+# words through a ring, coded rows that end within a unit, many rows in one, several tiles a panel
+FOLDED = [
+    ((384, 384), Split(4, 1), 8, 48), ((64, 65), Split(8, 0), 2, 3), ((384, 1024), Split(2, 2), 2, 32),
+    ((256, 48), Split(1, 4), 16, 12), ((96, 200), Split(1, 5), 3, 4),
+]  # fmt: skip
+
+
+def folded_case(shape, split, fold, units, rows, dtype):
+    """Coded weight, its integers, activations and the one scale."""
+    w = random_weights(shape, split)
+    layout = TileLayout(shape, split, units, 10, fold=fold)
+    e = encode_tiles(w, layout)
+    arrays = (torch.from_numpy(a).cuda() for a in (e.heads, e.words, e.offsets, e.freqs))
+    x = torch.randn(rows, shape[1], device="cuda", dtype=dtype)
+    return CodedWeight.check(*arrays, layout), torch.from_numpy(w).cuda(), x, torch.rand(1, 1, device="cuda") + 0.5
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize(("shape", "split", "fold", "units"), FOLDED, ids=str)
+def test_a_folded_weight_multiplies_as_the_dense_kernel_and_the_same_in_any_batch(
+    shape, split, fold, units, rows, dtype
+):
+    from rans_kernels.ops.rans_linear.op import uses_fused_kernel
+
+    coded, w, x, scale = folded_case(shape, split, fold, units, rows, dtype)
+    # poison what the allocator hands out next
+    torch.full((1 << 22,), float("nan"), device="cuda")
+    y = rans_linear(x, coded, scale)
+    assert torch.equal(y, int8_linear_tiled(x, w, scale, None, units, None, fold))
+    fused = uses_fused_kernel(fold * rows, x.device, dtype)
+    # the library multiplies by weights that are rounded once more
+    assert relative_error(y, x, w, scale) < (1 if fused else 2) * tolerance(dtype)
+    if fused:
+        for begin, end in {(0, 1), (rows // 2, rows), (rows - 1, rows)}:
+            assert torch.equal(rans_linear(x[begin:end], coded, scale), y[begin:end])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("shape", "split", "fold", "units"), FOLDED, ids=str)
+def test_a_folded_weight_decodes_and_takes_any_scale(shape, split, fold, units, dtype):
+    coded, w, x, scale = folded_case(shape, split, fold, units, 3, dtype)
+    assert torch.equal(rans_decode(coded), w)
+    out = torch.empty_like(w, dtype=dtype)
+    rows = torch.rand(shape[0], 1, device="cuda") + 0.5
+    for scales in (scale, rows):
+        expected = dequantize(w, scales, dtype)
+        assert torch.equal(rans_dequantize(coded, scales, dtype), expected)
+        assert rans_dequantize(coded, scales, dtype, None, out) is out and torch.equal(out, expected)
+        for found in rans_decode_many([coded, coded], [scales] * 2, dtype):
+            assert torch.equal(found, expected)
+    bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+    for scales, offset in ((rows, None), (scale, bias)):
+        y = rans_linear(x, coded, scales, offset)
+        assert relative_error(y, x, w, scales, offset) < 2 * tolerance(dtype)
+        assert torch.equal(y, int8_linear_tiled(x, w, scales, offset, units, None, fold))
+
+
 @pytest.mark.parametrize(("warps", "stages"), [(1, 2), (2, 3), (4, 1), (8, 4), (16, 2)])
 def test_the_launch_changes_no_bit(warps, stages):
     from rans_kernels.ops.rans_linear.gluon import rans_linear_gluon

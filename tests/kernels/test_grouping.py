@@ -15,10 +15,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16 if torch.cuda.is_available() else torch.float32
 
 
-def coded_weight(rows, columns, split=SPLIT, units=2, seed=0):
+def coded_weight(rows, columns, split=SPLIT, units=2, seed=0, fold=1):
     """Random integers, coded."""
     w = np.random.default_rng(seed).normal(0, -split.low / 3, (rows, columns))
-    layout = TileLayout((rows, columns), split, units, 10)
+    layout = TileLayout((rows, columns), split, units, 10, fold=fold)
     e = encode_tiles(np.clip(np.rint(w), split.low, -split.low - 1).astype(np.int8), layout)
     arrays = (torch.from_numpy(a).to(DEVICE) for a in (e.heads, e.words, e.offsets, e.freqs))
     return CodedWeight.check(*arrays, layout)
@@ -54,6 +54,9 @@ def test_weights_that_share_no_launch_are_multiplied_all_the_same():
     assert agree(x, many, scales_of(many))
     mixed = [scales_of(many[:1], True)[0], scales_of(many[1:2])[0]]
     assert agree(x, many[:2], mixed)
+    folded = [coded_weight(32, 200, units=7, fold=2), coded_weight(16, 200, units=7, fold=2)]
+    assert agree(x, folded, scales_of(folded, True))
+    assert agree(x, [folded[0], many[0]], scales_of(folded, True))
 
 
 def test_the_operator_is_well_formed():

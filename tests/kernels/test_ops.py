@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from rans_kernels.coder import encode_tiles
-from rans_kernels.dense import Int8Linear, int8_linear
+from rans_kernels.dense import Int8Linear, dequantize, int8_linear
 from rans_kernels.format import FormatError, Split, TileLayout
 from rans_kernels.linear import CompressedLinear
 from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.ops.fold import gather_rows, place_rows
 from rans_kernels.ops.int8_linear import int8_linear_tiled
 from rans_kernels.ops.rans_decode import rans_decode, rans_decode_many, rans_dequantize
 from rans_kernels.ops.rans_linear import rans_linear
@@ -62,6 +63,68 @@ def test_decoded_into_buffers_one_by_one_and_together():
     assert rans_decode_many([]) == []
     with pytest.raises(ValueError, match="contiguous"):
         rans_decode_many([other], out=[out])
+
+
+FOLDED = [TileLayout(shape, Split(4, 1), 3, fold=fold) for shape, fold in (((64, 65), 2), ((32, 200), 8), ((9, 33), 9))]
+
+
+@pytest.mark.parametrize("layout", FOLDED, ids=str)
+def test_a_folded_weight_is_the_weight_to_all_that_use_it(layout):
+    coded, w = coded_weight(layout)
+    (n, k), scale, half = layout.shape, torch.rand(1, 1), torch.bfloat16
+    assert torch.equal(rans_decode(coded), w)
+    assert torch.equal(rans_dequantize(coded, scale, half), (w * scale).to(half))
+    out = torch.empty(n, k, dtype=torch.int8)
+    assert rans_decode_many([coded], out=[out])[0] is out and torch.equal(out, w)
+    assert torch.equal(rans_decode_many([coded, coded], [scale] * 2, half)[1], (w * scale).to(half))
+    # scales of rows or of groups, or a bias, of another program's file
+    for scales, bias, group_size in (
+        (scale, None, None), (torch.rand(n, 1), torch.randn(n), None), (torch.rand(n, -(-k // 32)), None, 32)
+    ):  # fmt: skip
+        assert torch.equal(rans_dequantize(coded, scales, half, group_size), dequantize(w, scales, half, group_size))
+        for shape in ((k,), (2, 0, k), (2, 3, k)):
+            x = torch.randn(shape)
+            expected = int8_linear(x, w, scales, bias, group_size)
+            assert torch.equal(rans_linear(x, coded, scales, bias, group_size), expected)
+            assert torch.equal(int8_linear_tiled(x, w, scales, bias, 3, group_size, layout.fold), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize(("shape", "fold"), [((8, 7), 1), ((8, 7), 4), ((6, 65), 6)])
+def test_placed_rows_times_the_coded_matrix_is_the_product(rows, shape, fold):
+    w = torch.randint(-8, 8, shape).double()
+    x = torch.randint(-8, 8, (rows, shape[1])).double()
+    placed = place_rows(x, fold)
+    assert placed.shape == (fold * rows, fold * shape[1])
+    assert torch.equal(placed, torch.kron(torch.eye(fold, dtype=torch.double), x))
+    if rows:
+        assert torch.equal(gather_rows(placed @ w.reshape(shape[0] // fold, -1).T, fold), x @ w.T)
+        # what is not finite stays in its own row
+        x[0] = float("inf")
+        assert torch.equal(place_rows(x, fold).isinf().sum(1) > 0, (torch.arange(fold * rows) % rows) == 0)
+
+
+def test_a_folded_layer_compiles_and_has_a_dense_twin():
+    layout = FOLDED[0]
+    coded, w = coded_weight(layout)
+    layer = CompressedLinear(layout, len(coded.words), (1, 1))
+    names = ("weight", "weight_words", "weight_offsets", "weight_freqs", "weight_scale")
+    arrays = (coded.heads, coded.words, coded.offsets, coded.table, torch.rand(1, 1))
+    layer.load_state_dict(dict(zip(names, arrays, strict=True)))
+    layer.prepare()
+    assert "in_features=65, out_features=64" in repr(layer) and "fold=2" in repr(layer)
+    twin, x = layer.to_int8(), torch.randn(4, 65)
+    assert twin.fold == 2 and torch.equal(twin.weight_int8, w) and torch.equal(twin(x), layer(x))
+
+    def operator(x):
+        return torch.relu(rans_linear(x, coded, layer.weight_scale))
+
+    assert torch.equal(torch.compile(operator, fullgraph=True, backend="aot_eager")(x), operator(x))
+    checks = ("test_schema", "test_faketensor")
+    linear, dense = torch.ops.rans_kernels.rans_linear.default, torch.ops.rans_kernels.int8_linear.default
+    arrays = (coded.heads, coded.words, coded.offsets, coded.table, layer.weight_scale, None, coded.numbers, None)
+    torch.library.opcheck(linear, (x, *arrays), test_utils=checks)
+    torch.library.opcheck(dense, (x, w, layer.weight_scale, None, 3, None, 2), test_utils=checks)
 
 
 def test_the_operators_are_well_formed():
@@ -132,10 +195,10 @@ def test_floats_multiply_as_the_plain_weight(dtype, float_case):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("windows", [(), (0, 60)])
-def test_what_operators_are_given_becomes_the_layout_again(windows):
+@pytest.mark.parametrize(("windows", "fold"), [((), 1), ((), 3), ((0, 60), 1)])
+def test_what_operators_are_given_becomes_the_layout_again(windows, fold):
     dtype = "bfloat16" if windows else "int8"
-    layout = TileLayout((33, 200), Split(4, 1), 2, 10, dtype, windows)
+    layout = TileLayout((33, 200), Split(4, 1), 2, 10, dtype, windows, fold)
     coded = CodedWeight(*[torch.empty(0)] * 4, layout, 7)
     again = CodedWeight.of(*[torch.empty(0)] * 4, coded.numbers)
     assert again.layout == layout and again.word_rows == 7

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rans_kernels.coder import encode_tiles
 from rans_kernels.dense import dequantize
 from rans_kernels.format import SPLITS, Split, TileLayout
+from rans_kernels.ops.coded import CodedWeight
 from rans_kernels.ops.table import slot_table
 
 triton = pytest.importorskip("triton")
@@ -119,6 +120,30 @@ def test_fused_kernel_equals_the_product(shape, split, units, rows, group_size, 
     scale, x = make_scale(*shape, group_size, per_tensor), torch.randn(rows, shape[1], device=DEVICE)
     y = multiply(x, encode(w, split, units), scale, group_size)
     assert relative_error(y, x, w, scale, group_size) < 1e-6
+
+
+@pytest.mark.parametrize(("shape", "fold"), [((32, 65), 2), ((24, 16), 8)])
+def test_a_folded_weight_decodes_and_multiplies_in_the_operator(shape, fold, monkeypatch):
+    from rans_kernels.ops.rans_linear import op
+
+    w = random_weights(shape, Split(4, 1))
+    layout = TileLayout(shape, Split(4, 1), 4, fold=fold)
+    e = encode_tiles(w, layout)
+    heads, words, offsets, freqs = (torch.from_numpy(a).to(DEVICE) for a in (e.heads, e.words, e.offsets, e.freqs))
+    coded = CodedWeight(heads, words, offsets, slot_table(freqs, layout), layout, 0)
+    assert decodes_to(w, heads, words, offsets, coded.table, layout)
+    assert torch.equal(rans_decode_naive(heads, words, offsets, freqs, layout), torch.from_numpy(w))
+    monkeypatch.setattr(op, "backend_of", lambda device: "triton")
+    # the most that the fused kernel takes of a weight so folded
+    x, scale = torch.randn(16 // fold, shape[1], device=DEVICE), make_scale(*shape, None, per_tensor=True)
+    y = op.rans_linear(x, coded, scale)
+    assert relative_error(y, x, w, scale) < 1e-6
+    assert torch.equal(op.rans_linear(x[1:], coded, scale), y[1:])
+    # in the order of the coded matrix: x in the second place of its rows, zeros beside it
+    placed = torch.zeros(len(x), fold * shape[1], device=DEVICE)
+    placed[:, shape[1] : 2 * shape[1]] = x
+    plain = encode(w.reshape(shape[0] // fold, -1), Split(4, 1), 4)
+    assert torch.equal(multiply(placed, plain, scale), y[:, 1::fold])
 
 
 @pytest.mark.parametrize("group_size", [None, 64])

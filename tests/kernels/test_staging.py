@@ -18,11 +18,11 @@ ROWS = 130
 SCALE = 16 if torch.cuda.is_available() else 1
 
 
-def state(rows, columns, seed):
+def state(rows, columns, seed, fold=1):
     """Buffers of a layer of random weights, and its layout."""
     split = Split(1, 4)
     w = np.random.default_rng(seed).normal(0, -split.low / 3, (rows, columns))
-    layout = TileLayout((rows, columns), split, 2, 10)
+    layout = TileLayout((rows, columns), split, 2 * fold, 10, fold=fold)
     e = encode_tiles(np.clip(np.rint(w), split.low, -split.low - 1).astype(np.int8), layout)
     scale = np.random.default_rng(seed).uniform(0.5, 1, (rows, 1)).astype(np.float32) / columns
     arrays = {"": e.heads, "_words": e.words, "_offsets": e.offsets, "_freqs": e.freqs, "_scale": scale}
@@ -69,6 +69,23 @@ def test_results_are_those_without(model, x):
     assert torch.equal(model(x), expected)
     ahead.disable()
     assert torch.equal(model(x), expected) and all(m.ahead is None for m in model)
+
+
+@torch.inference_mode()
+def test_folded_layers_are_staged_too():
+    layers = []
+    for seed, (rows, columns, fold) in enumerate([(96, 80, 8), (64, 96, 2), (160, 64, 1), (32, 160, 4)]):
+        layout, buffers = state(rows, columns, seed, fold)
+        layers.append(CompressedLinear(layout, len(buffers["weight_words"]), (1, 1)))
+        layers[-1].load_state_dict({**buffers, "weight_scale": buffers["weight_scale"][:1]})
+    folded = nn.Sequential(*layers).to(DEVICE)
+    x = torch.randn(ROWS, 80, device=DEVICE, dtype=DTYPE)
+    expected = folded(x)
+    ahead = DecodeAhead(folded.modules(), DTYPE).enable()
+    assert all(ahead.takes(each, torch.empty(ROWS, each.in_features, device=DEVICE, dtype=DTYPE)) for each in folded)
+    for _ in range(2):
+        poison()
+        assert torch.equal(folded(x), expected)
 
 
 @torch.inference_mode()

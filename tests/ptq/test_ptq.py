@@ -47,6 +47,18 @@ def test_bits_are_those_that_export_stores(trained, tiny_llama, tmp_path, method
     assert cost.entropy == pytest.approx(summary["entropy"], abs=1e-4)
 
 
+def test_bits_of_folded_weights_are_those_that_export_stores(tiny_llama, tmp_path):
+    # layers with a bias are not folded
+    source = tiny_llama(hidden_size=64, intermediate_size=128, attention_bias=True)
+    words = ["quant=std", "quant.k=0.5", "quant.granularity=per_tensor", "progress_bar=false"]
+    folder = export(compose("export", f"source={source}", f"output={tmp_path / 'out'}", *words))
+    report = json.loads((folder / "export_report.json").read_text())
+    assert {row["fold"] for row in report["layers"] if row["kind"] == "linear"} == {1, 4, 8}
+    trained = Trained(load_model(source), [])
+    cost = trained.cost(trained.round(METHODS["rtn-layer"], 0.5))
+    assert cost.bits == pytest.approx(report["summary"]["bits"], abs=1e-4)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_computes_with_the_integers(trained, name):
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}

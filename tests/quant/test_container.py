@@ -6,25 +6,29 @@ from rans_kernels.coder import encode_tiles, weight_histogram
 from rans_kernels.coder.plan import choose_layout
 from torch import nn
 
-from qat.config import Profile, QuantConfig, RateConfig, ScaleRule
+from qat.config import Granularity, Profile, QuantConfig, RateConfig, ScaleRule
 from qat.quant import prepare, weight_scale, weight_statistics
 from qat.quant.container import container_overhead, overhead_bits
 from qat.quant.modules import QATModule
 from qat.quant.rate import RateTerm
 
 
-def make_layer(rows: int, columns: int, scale: ScaleRule = ScaleRule.std) -> QATModule:
+def make_layer(
+    rows: int, columns: int, scale: ScaleRule = ScaleRule.std, one: bool = False, bias: bool = False
+) -> QATModule:
     torch.manual_seed(0)
-    layer = nn.Linear(columns, rows, bias=False)
+    layer = nn.Linear(columns, rows, bias=bias)
     nn.init.normal_(layer.weight)
-    return prepare(layer, QuantConfig(scale=scale, init=ScaleRule.std, k=0.5))
+    granularity = Granularity.per_tensor if one else Granularity.per_channel
+    return prepare(layer, QuantConfig(scale=scale, init=ScaleRule.std, k=0.5, granularity=granularity))
 
 
 def stored_bits(layer: QATModule, profile: str) -> float:
     """As `qat.export` reports them."""
     q = layer.integers().numpy()
-    encoded = encode_tiles(q, choose_layout(weight_histogram(q), q.shape, profile))
     scale = weight_scale(layer.weight, layer.quant_config, layer.log2_scale)
+    foldable = scale.numel() == 1 and layer.bias is None
+    encoded = encode_tiles(q, choose_layout(weight_histogram(q), q.shape, profile, foldable))
     return 8 * (encoded.nbytes + 4 * scale.numel()) / q.size
 
 
@@ -34,6 +38,18 @@ def test_of_a_tensor_that_is_coded_whole_it_is_exact(profile: str, rows: int, co
     layer = make_layer(rows, columns, ScaleRule.absmax if rows == 1 else ScaleRule.std)
     bits = weight_statistics(layer)["entropy"] + container_overhead({"layer": layer}, profile, panels=99)
     assert bits == pytest.approx(stored_bits(layer, profile), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_of_a_folded_tensor_too(bias: bool) -> None:
+    layer = make_layer(256, 384, one=True, bias=bias)
+    entropy, stored = weight_statistics(layer)["entropy"], stored_bits(layer, "compact")
+    whole = entropy + container_overhead({"layer": layer}, "compact", panels=99)
+    assert whole == pytest.approx(stored, rel=1e-6)
+    # 2 panels of 8 rows folded
+    sampled = entropy + container_overhead({"layer": layer}, "compact", panels=1)
+    assert sampled == pytest.approx(stored, abs=0.02)
+    assert (stored < entropy + 0.1) == (not bias)
 
 
 @pytest.mark.parametrize("profile", Profile)
