@@ -209,7 +209,7 @@ class RateConfig:
     fit: bool = False
     """For profile fast: with every histogram, put weights inside the range of bits that their layer best has."""
     panels: int = 4
-    """Panels of 16 rows of every tensor that are coded to measure what the container adds to the entropy."""
+    """Panels of 16 coded rows of every tensor that are coded to measure what the container adds to the entropy."""
 
 
 @dataclass
