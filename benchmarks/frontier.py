@@ -342,10 +342,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for checkpoints and exports of what was trained")
     parser.add_argument("--seq-len", type=int, default=512, help="predicted tokens of a window")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--cache", default="~/.cache/codecllm", help="tokenised text")
+    parser.add_argument("--cache", type=Path, default="~/.cache/codecllm", help="tokenised text")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "frontier.svg")
     args = parser.parse_args(words)
+    # hydra, which the methods that train are told it through, knows no ~
+    args.cache = str(args.cache.expanduser())
     device = pick_device(args.device)
     read = partial(read_windows, model=args.model, cache=args.cache, seq_len=args.seq_len, device=device)
     texts = {name: read(source, count=args.windows) for name, source in args.valid}

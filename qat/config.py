@@ -126,6 +126,8 @@ class DataConfig:
     prompt_tokens: int = 32
     new_tokens: int = 32
     """Generated from each prompt."""
+    noise: float = 0.0
+    """Share of the training tokens that student and teacher read replaced by samples of the teacher (qat/noise.py)."""
     num_workers: int = 0
     seed: int = 0
     """Of the order of the training windows."""

@@ -87,6 +87,8 @@ def check_config(config: TrainConfig) -> None:
     checks = {
         "loss.kl and loss.ce must not be negative, nor both 0": min(loss.kl, loss.ce) >= 0 < max(loss.kl, loss.ce),
         f"optim.anchor={config.optim.anchor}: must not be negative": config.optim.anchor >= 0,
+        f"data.noise={config.data.noise}: must be from 0 to 0.5": 0 <= config.data.noise <= 0.5,
+        "data.noise: needs a teacher to draw tokens from, loss.kl": not config.data.noise or loss.kl > 0,
         f"loss.temperature={loss.temperature}: must be positive": loss.temperature > 0,
         f"loss.chunk_tokens={loss.chunk_tokens}: must be at least 1": loss.chunk_tokens >= 1,
         f"trainer.precision={trainer.precision}: must be auto, 32-true or bf16-mixed": (

@@ -21,6 +21,7 @@ from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
 from qat.distill import Losses, distillation_loss, token_losses, token_sums
 from qat.errors import UserError
 from qat.model import check_output_logits, compile_layers, load_model, output_logits
+from qat.noise import replace_tokens
 from qat.quant import prepare, set_fake_quant
 from qat.quant.control import freeze_step
 from qat.quant.rate import pull_rate, rate_loss, rate_terms
@@ -142,7 +143,7 @@ class QATModule(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of a micro-batch; its sums go to `take_train_sums`."""
         loss = self.config.loss
-        hidden, teacher_hidden, targets = self._hidden(batch)
+        hidden, teacher_hidden, targets = self._hidden(self._with_noise(batch))
         result = distillation_loss(
             hidden,
             teacher_hidden,
@@ -239,6 +240,16 @@ class QATModule(pl.LightningModule):
         # a short phase that warmed up for most of its time would end at full rate
         config = replace(config, warmup_steps=min(config.warmup_steps, (steps - frozen_from) // 5))
         return config.frozen_lr_ratio * lr_factor(step - frozen_from, steps - frozen_from, config)
+
+    def _with_noise(self, batch: Tensor) -> Tensor:
+        """The batch, of whose tokens but the last some are replaced as `data.noise` says."""
+        share, ids = self.config.data.noise, batch[:, :-1]
+        if not share:
+            return batch
+        with torch.no_grad():
+            hidden = self.teacher[0].base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ids = replace_tokens(ids, hidden, self._teacher_head, share, self.config.loss.chunk_tokens)
+        return torch.cat([ids, batch[:, -1:]], dim=1)
 
     def _hidden(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Last hidden states of student and teacher [B, T, D], and targets [B, T]."""

@@ -152,6 +152,7 @@ def test_rates_are_down_at_the_freeze_and_rise_once_more(make_config: MakeConfig
     [
         ("loss", "kl", 0.0),
         ("loss", "ce", -1.0),
+        ("data", "noise", 0.6),
         ("loss", "temperature", 0.0),
         ("loss", "chunk_tokens", 0),
         ("trainer", "precision", "16-true"),

@@ -155,7 +155,7 @@ def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
     def prepared(name: str) -> TrainConfig:
         config = make_rate_config(12, **rate)
         config.name, config.quant.embeddings = name, embedding_bits is not None
-        config.optim.anchor = 5.0
+        config.optim.anchor, config.data.noise = 5.0, 0.2
         return config
 
     unbroken = build.train(prepared("unbroken"))
