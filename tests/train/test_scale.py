@@ -26,7 +26,7 @@ def on_two(config: TrainConfig, strategy: str = "fsdp") -> TrainConfig:
 def launch(config: TrainConfig, name: str = "two") -> Path:
     """Train in processes of their own, in a run folder of its own unless it goes on."""
     config.name = name
-    done = subprocess.run(command(config), env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(command(config), env=ENVIRONMENT, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if config.trainer.resume:
         return Path(config.trainer.resume).parent.parent
@@ -37,7 +37,7 @@ def launch(config: TrainConfig, name: str = "two") -> Path:
 def sweep(config: TrainConfig, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Train with every choice, each in a process of its own."""
     words = [*command(config), "hydra/launcher=local", *overrides, "-m"]
-    return subprocess.run(words, env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
+    return subprocess.run(words, env=ENVIRONMENT, timeout=300, capture_output=True, text=True)
 
 
 def assert_near(one: Path, other: Path, rel: float = 1e-3) -> None:
