@@ -34,7 +34,7 @@ from qat.config import ExportConfig, Lossless, QuantConfig, to_plain
 from qat.errors import UserError
 from qat.model_card import model_card
 from qat.quant import QATEmbedding, QATLinear, exact_modules, grid, prepare, quantize_weight, quantized_modules
-from qat.report import log_to_wandb, print_table, track, write_json
+from qat.report import log_to_wandb, print_table, size_totals, track, write_json
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt", "chat_template*")
 
@@ -99,15 +99,15 @@ def export(config: ExportConfig) -> Path:
         UserError: a wrong path, or weights that cannot be quantised.
         FormatError: a decoded layer differs from what was coded; nothing is written.
     """
-    from transformers import AutoConfig
+    from qat.model import load_config
 
-    output = Path(config.output).expanduser()
-    if output.exists() and not config.overwrite:
-        raise UserError(f"output={config.output} exists: choose another name or say overwrite=true")
+    output = checked_output(config)
     begin = time.perf_counter()
     dtype = parse_dtype(config.dtype)
     source = open_source(config)
-    hf_config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    hf_config = load_config(source.folder)
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise UserError(f"{config.source} is quantised already; training and export start from plain weights")
     modules, tied = plan_modules(hf_config, source.quant, config.lossless)
     weight_of = {f"{name}.weight": name for name in modules}
     if missing := sorted(set(weight_of) - set(source.names)):
@@ -151,6 +151,26 @@ def export(config: ExportConfig) -> Path:
         writer.finish(data, config.overwrite)
     print_report(output, summary, report)
     log_to_wandb(config.logger, output, "export", summary, {"layers": layer_table(report)}, model=output)
+    return output
+
+
+def checked_output(config: ExportConfig) -> Path:
+    """The folder to write.
+
+    Raises:
+        UserError: it exists and is not to be overwritten, is no model, or holds the source.
+    """
+    output = Path(config.output).expanduser()
+    if not output.exists():
+        return output
+    if not config.overwrite:
+        raise UserError(
+            f"output={config.output} exists: choose another name or say overwrite=true (--overwrite of codecllm)"
+        )
+    if not (output / "config.json").is_file():
+        raise UserError(f"output={config.output} is no model, and is not overwritten: choose another name")
+    if Path(config.source).expanduser().resolve().is_relative_to(output.resolve()):
+        raise UserError(f"output={config.output} holds the source, which would be lost: choose another name")
     return output
 
 
@@ -306,19 +326,10 @@ def summarise(report: list[dict[str, Any]]) -> dict[str, Any]:
     """Totals: of the compressed layers, and of the whole model."""
     coded = [row for row in report if row["kind"] != "plain"]
     weights = sum(row["weights"] for row in coded)
-    everything = sum(row["weights"] for row in report)
-    size = sum(row["bytes"] for row in report)
     return {
-        "compressed_weights": weights,
         "lossless_weights": sum(row["weights"] for row in coded if row["dtype"] in FLOATS),
         "entropy": round(sum(row["entropy"] * row["weights"] for row in coded) / weights, 4),
-        "bits": round(8 * sum(row["bytes"] for row in coded) / weights, 4),
-        "parameters": everything,
-        "model_bytes": size,
-        "model_bits": round(8 * size / everything, 4),
-        "fp16_bytes": 2 * everything,
-        "ratio": round(2 * everything / size, 4),
-    }
+    } | size_totals(report)
 
 
 def layer_table(report: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[Any]]]:

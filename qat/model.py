@@ -49,6 +49,24 @@ def load_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype = 
     return _load(kind, folder, None, config=config, state_dict=weights, dtype=dtype)
 
 
+def check_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Compare names and shapes of weights, all on the meta device, with what config.json of `folder` describes.
+
+    Transformers judges them as it does when it loads them, old names of weights included, and reads nothing.
+
+    Raises:
+        UserError: as `load_model`; one is missing, not known, or of another shape.
+    """
+    config = load_config(folder)
+    # names and shapes are those of the plain model
+    vars(config).pop("quantization_config", None)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{folder} is no causal language model: {config.model_type}")
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    options = {"device_map": "meta", "ignore_mismatched_sizes": True}
+    _load(kind, folder, None, config=config, state_dict=weights, **options)
+
+
 def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
     """What config.json says of a model; errors as `load_model`."""
     return _call(AutoConfig.from_pretrained, path, _source(path), revision=revision)

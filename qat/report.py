@@ -54,10 +54,28 @@ def progress_bar(enabled: bool = True) -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=not enabled)
 
 
-def track(items: Sequence[T], description: str, enabled: bool = True) -> Iterator[T]:
-    """The items one by one, with a progress bar."""
+def track(items: Iterable[T], description: str, enabled: bool = True, total: int | None = None) -> Iterator[T]:
+    """The items one by one, with a progress bar; `total` is their number where they cannot tell."""
     with progress_bar(enabled) as progress:
-        yield from progress.track(items, description=description)
+        yield from progress.track(items, total, description=description)
+
+
+def size_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sizes of a compressed model, given kind (plain if it is not compressed), weights and bytes of all its tensors."""
+    coded = [row for row in rows if row["kind"] != "plain"]
+    weights, everything = (sum(row["weights"] for row in some) for some in (coded, rows))
+    coded_bytes, size = (sum(row["bytes"] for row in some) for some in (coded, rows))
+    return {
+        "compressed_weights": weights,
+        "bits": round(8 * coded_bytes / max(1, weights), 4),
+        "parameters": everything,
+        "compressed_bytes": coded_bytes,
+        "other_bytes": size - coded_bytes,
+        "model_bytes": size,
+        "model_bits": round(8 * size / max(1, everything), 4),
+        "fp16_bytes": 2 * everything,
+        "ratio": round(2 * everything / max(1, size), 4),
+    }
 
 
 def output_folder(path: str | Path) -> Path:

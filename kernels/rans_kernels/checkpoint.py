@@ -144,12 +144,32 @@ def parse_layers(config: dict[str, Any]) -> dict[str, LayerEntry]:
         read = " and ".join(map(str, READ_VERSIONS))
         raise FormatError(f"format_version is {version}; this codecllm reads {read}: install one that reads it")
     layers = {}
-    for name, data in config.get("layers", {}).items():
+    for name, data in _table(config, "layers").items():
         try:
             layers[name] = LayerEntry.from_json(data)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
     return layers
+
+
+def parse_tied(config: dict[str, Any], layers: dict[str, LayerEntry]) -> dict[str, str]:
+    """Linear modules without a weight of their own, and the compressed embedding whose weight they share.
+
+    Raises:
+        FormatError: one shares the weight of something else.
+    """
+    tied = _table(config, "tied")
+    for head, source in tied.items():
+        if source not in layers or layers[source].kind != "embedding":
+            raise FormatError(f"{head} is tied to {source}, which is no compressed embedding")
+    return tied
+
+
+def _table(config: dict[str, Any], key: str) -> dict[str, Any]:
+    table = config.get(key, {})
+    if not isinstance(table, dict):
+        raise FormatError(f"{key} of config.json is damaged: it is no table")
+    return table
 
 
 class FolderWriter:
@@ -233,7 +253,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict) or "quantization_config" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
         raise FormatError(f"{folder} is not a compressed model: config.json has no quantization_config")
     return config
 
@@ -282,7 +302,7 @@ def read_layer(name: str, entry: LayerEntry, shards: dict[str, Path]) -> tuple[E
     for buffer in BUFFERS:
         key = f"{name}.{buffer}"
         if key not in shards:
-            raise FormatError(f"{key} is missing from the folder")
+            raise FormatError(f"{key} is missing from the folder: copy or export it again")
         with open_shard(shards[key]) as shard:
             try:
                 buffers[buffer] = shard.get_tensor(key)

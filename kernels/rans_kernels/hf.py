@@ -22,6 +22,7 @@ from rans_kernels.checkpoint import (
     check_buffers,
     open_shard,
     parse_layers,
+    parse_tied,
     read_config,
     shard_of,
 )
@@ -50,7 +51,7 @@ class CodecConfig(QuantizationConfigMixin):
     @property
     def tied_heads(self) -> dict[str, str]:
         """Linear modules without a weight of their own, and the embedding whose weight they share."""
-        return self.to_dict().get("tied", {})
+        return parse_tied(self.to_dict(), self.layers_parsed)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -69,9 +70,6 @@ class CodecQuantizer(HfQuantizer):
         for name, entry in self.layers.items():
             replace_module(model, name, module_for(entry))
         for head, source in self.tied.items():
-            embedding = self.layers.get(source)
-            if embedding is None or embedding.kind != "embedding":
-                raise FormatError(f"{head} is tied to {source}, which is no compressed embedding")
             replace_module(model, head, TiedLinear(model.get_submodule(source)))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
