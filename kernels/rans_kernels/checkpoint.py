@@ -160,7 +160,7 @@ def parse_tied(config: dict[str, Any], layers: dict[str, LayerEntry]) -> dict[st
     """
     tied = _table(config, "tied")
     for head, source in tied.items():
-        if source not in layers or layers[source].kind != "embedding":
+        if not isinstance(source, str) or source not in layers or layers[source].kind != "embedding":
             raise FormatError(f"{head} is tied to {source}, which is no compressed embedding")
     return tied
 

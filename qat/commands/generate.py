@@ -46,13 +46,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
     from transformers import GenerationConfig, TextStreamer
-    from transformers.utils import logging as hf_logging
 
     from qat.inference import pick_device, pick_dtype
-    from qat.model import load_tokenizer
+    from qat.model import load_config, load_tokenizer
 
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
+    compressed = getattr(load_config(arguments.folder), "quantization_config", None) is not None
     try:
         tokenizer: Any = load_tokenizer(arguments.folder)
     except UserError as error:
@@ -60,9 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.folder} has no tokenizer that loads: copy tokenizer.json and tokenizer_config.json of the "
             "model it was made from into it"
         ) from error
-    hf_logging.disable_progress_bar()
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    model: Any = load(arguments.folder, device, dtype)
+    model: Any = load(arguments.folder, compressed, device, dtype)
     check_length(model, inputs["input_ids"].shape[1], arguments.tokens)
     own = model.generation_config
     stop = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -85,11 +84,12 @@ def read_prompt(text: str) -> str:
     Raises:
         UserError: it is empty, or no text.
     """
-    if text == "-":
-        try:
-            text = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is no text: {error}") from error
+    try:
+        text = sys.stdin.buffer.read().decode().removesuffix("\n") if text == "-" else text
+        # the command line keeps bytes that are no UTF-8 as surrogates
+        text.encode()
+    except UnicodeError as error:
+        raise UserError(f"the prompt is no UTF-8 text ({error}): convert it first") from error
     if not text:
         raise UserError("the prompt is empty: give --prompt some text to go on from")
     return text
@@ -111,7 +111,7 @@ def sampling_settings(temperature: float | None, top_p: float | None) -> dict[st
     return {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": 0}
 
 
-def load(folder: str, device: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
+def load(folder: str, compressed: bool, device: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
     """A compressed or plain model, in eval mode.
 
     Raises:
@@ -119,11 +119,13 @@ def load(folder: str, device: "torch.device", dtype: "torch.dtype") -> "PreTrain
         rans_kernels.format.FormatError: a compressed folder that does not.
     """
     import rans_kernels
+    from transformers.utils import logging as hf_logging
 
-    from qat.model import load_config, load_model
+    from qat.model import load_model
 
     path = Path(folder).expanduser()
-    if getattr(load_config(path), "quantization_config", None) is not None:
+    if compressed:
+        hf_logging.disable_progress_bar()
         return rans_kernels.load(path, device, dtype)
     model: Any = load_model(path, dtype)
     return model.to(device)

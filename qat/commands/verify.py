@@ -50,9 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
     for _, entry, _, _ in track(layers, "verify", total=len(folder.layers)):
         tiles += entry.layout.tiles
     weights = sum(prod(entry.layout.shape) for entry in folder.layers.values())
+    seconds = time.perf_counter() - begin
     print(
-        f"{arguments.folder} is whole: {len(folder.layers)} compressed modules, {weights:,} weights in {tiles:,} tiles; "
-        f"{len(folder.plain)} other tensors; {time.perf_counter() - begin:.1f} s"
+        f"{arguments.folder} is whole: {len(folder.layers)} compressed modules of {weights:,} weights, "
+        f"{tiles:,} tiles, {len(folder.plain)} other tensors; {seconds:.1f} s"
     )
 
 
