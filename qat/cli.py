@@ -48,10 +48,16 @@ def entry_point(config_name: str, task: Callable[[Any], Any]) -> None:
 
 
 def compose(config_name: str, *overrides: str) -> Any:
-    """The config dataclass that configs/<config_name>.yaml gives with these words of a command line."""
+    """The config dataclass that configs/<config_name>.yaml gives with these words of a command line.
+
+    Raises:
+        UserError: a value is missing, or all of configs/ is.
+    """
     import hydra
     from omegaconf import OmegaConf
 
+    if not CONFIG_DIR.is_dir():
+        raise UserError("configs/ is not installed: it comes with the repository; clone it and pip install -e there")
     register_schemas()
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -104,7 +110,7 @@ def exit_code(call: Callable[[], Any], full: bool) -> int:
         call()
         return 0
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except (UserError, FormatError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if full:

@@ -19,6 +19,7 @@ from rans_kernels.checkpoint import shard_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import qat.cli
 from qat.commands import COMMANDS, evaluate, main
 from qat.config import ExportConfig, QuantConfig
 from qat.export import export
@@ -243,6 +244,7 @@ def test_ctrl_c_during_verify_is_exit_code_130(
     monkeypatch.setattr(rans_kernels.checkpoint, "decode_tiles", interrupt)
     code, out, err = codecllm("verify", exported)
     assert (code, out) == (130, "")
+    assert err.endswith("\ninterrupted\n")
     assert "Traceback" not in err
 
 
@@ -441,10 +443,12 @@ def test_eval_hands_its_words_over(
     assert message in mistake("eval", program, word, "output=reports")
 
 
-def test_eval_needs_the_repository(
-    tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_compress_and_eval_need_the_repository(
+    source: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "CONFIG_DIR", tmp_path / "configs")
+    for module in (qat.cli, evaluate):
+        monkeypatch.setattr(module, "CONFIG_DIR", tmp_path / "configs")
+    assert "comes with the repository" in mistake("compress", source, tmp_path / "out")
     assert "comes with the repository" in mistake("eval", "consistency", "compressed=a", "output=b")
 
 
