@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import qat.cli
 from qat.commands import COMMANDS, evaluate, main
-from qat.config import ExportConfig, QuantConfig
+from qat.config import ExportConfig, Granularity, Lossless, Profile, QuantConfig
 from qat.export import export
 from qat.inference import generate_greedy
 from qat.model import load_model, load_tokenizer
@@ -214,6 +214,29 @@ def test_verify_counts_what_is_whole(exported: Path, codecllm: Callable[..., tup
     (line,) = out.splitlines()
     assert f"15 compressed modules of {weights:,} weights" in line
     assert f"{plain} other tensors" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({"tie_word_embeddings": True}, {}),
+        ({"tie_word_embeddings": True, "dtype": "bfloat16"}, {"lossless": Lossless.embeddings}),
+        ({"tie_word_embeddings": True, "dtype": "bfloat16"}, {"lossless": Lossless.all, "quant": QuantConfig(False)}),
+        ({"mlp_bias": True}, {"quant": QuantConfig(lm_head=True)}),
+        ({"hidden_size": 64, "vocab_size": 320}, {"quant": QuantConfig(granularity=Granularity.per_tensor)}),
+        ({}, {"quant": QuantConfig(granularity=Granularity.per_group, group_size=32), "profile": Profile.auto}),
+    ],
+    ids=["tied, plain", "tied, lossless", "all lossless", "head and biases", "folded", "groups"],
+)
+def test_whatever_export_writes_is_whole(
+    model: dict[str, Any],
+    settings: dict[str, Any],
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    codecllm: Callable[..., tuple[int, str, str]],
+) -> None:
+    config = ExportConfig(str(tiny_llama(**model)), str(tmp_path / "out"), progress_bar=False, **settings)
+    assert codecllm("verify", export(config))[0] == 0
 
 
 def test_verify_cannot_see_altered_bytes_of_plain_tensors(

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         choices=[profile.value for profile in Profile],
-        help="few bits (the default), both, or fast on a GPU",
+        help="fewest bits (compact, the default), fast on a GPU, or between",
     )
     parser.add_argument(
         "--lossless", choices=[kind.value for kind in Lossless], help="16-bit weights to code without loss (none)"
