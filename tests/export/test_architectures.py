@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat.config import Lossless, QuantConfig
 from qat.errors import UserError
-from qat.interop import to_plain
+from qat.interop import to_compressed_tensors, to_plain
 from qat.quant import prepare
 from tests.export.helpers import logits, run
 
@@ -53,6 +53,15 @@ def test_compressed_and_plain_models_equal_the_fake_quantised_one(family, make, 
     assert torch.equal(logits(load(to_plain(folder, tmp_path / "plain", "float32"))), expected)
     half = to_plain(folder, tmp_path / "half")
     assert torch.equal(logits(load(half, "auto")), logits(load(folder, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_tensors_loads_every_family(family, make, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (pip install -e .[dev])")
+    source = make(family)
+    folder = run(source, tmp_path / "compressed")
+    packed = load(to_compressed_tensors(folder, tmp_path / "packed", "float32"))
+    assert torch.equal(logits(packed), logits(prepare(load(source), QuantConfig())))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
