@@ -42,9 +42,9 @@ def entry_point(config_name: str, task: Callable[[Any], Any]) -> None:
             task(to_config(config))
             return
         # caught here too, because hydra adds lines of its own to what leaves a job
-        failures.append(_exit_code(lambda: task(to_config(config)), full))
+        failures.append(exit_code(lambda: task(to_config(config)), full))
 
-    sys.exit(max(_exit_code(run, full), *failures, 0))
+    sys.exit(max(exit_code(run, full), *failures, 0))
 
 
 def compose(config_name: str, *overrides: str) -> Any:
@@ -88,7 +88,7 @@ def one_line(error: BaseException) -> str:
     return said if key in said else f"{key}: {said}"
 
 
-def _exit_code(call: Callable[[], Any], full: bool) -> int:
+def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """0, or what the error that `call` raised stands for, its line printed; errors of no user's are raised."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

@@ -139,9 +139,7 @@ def export(config: ExportConfig) -> Path:
         data["quantization_config"] = quantization_config(
             layers, tied, to_plain(source.quant), config.profile.value, producer
         )
-        for pattern in COPIED:
-            for file in source.folder.glob(pattern):
-                shutil.copyfile(file, writer.folder / file.name)
+        copy_companions(source.folder, writer.folder)
         summary = summarise(report) | {
             "source": config.source, "step": source.step, "profile": config.profile.value,
             "seconds": round(time.perf_counter() - begin, 2),
@@ -152,6 +150,13 @@ def export(config: ExportConfig) -> Path:
     print_report(output, summary, report)
     log_to_wandb(config.logger, output, "export", summary, {"layers": layer_table(report)}, model=output)
     return output
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer and generation config from one model's folder to another's."""
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def plan_modules(hf_config: Any, quant: QuantConfig, lossless: Lossless) -> tuple[dict[str, nn.Module], dict[str, str]]:
