@@ -6,6 +6,7 @@ Two pairs: the fake-quant model against the compressed one, where on one backend
 unquantised base against it, which measures what quantisation costs. docs/evaluation.md defines every number.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.page import TITLES, write_page
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import entry_point
 from qat.config import EvalConfig, QuantConfig, from_plain, to_plain
 from qat.data import load_tokens, spread_prompts, windows
 from qat.divergence import LogitComparison, compare_tokens
 from qat.errors import UserError
-from qat.inference import generate_greedy, pick_device, pick_dtype
+from qat.inference import generate_greedy, pick_device, pick_dtype, token_texts
 from qat.model import load_model, load_tokenizer
 from qat.quant import convert, prepare, quantized_modules
 from qat.report import console, log_to_wandb, output_folder, print_table, progress_bar, write_report
@@ -34,19 +36,22 @@ from qat.report import console, log_to_wandb, output_folder, print_table, progre
 LOGITS = 1 << 26
 """Logits of one model that exist at once."""
 
-TITLES = {"fake_quant": "fake-quant vs compressed", "base": "base vs compressed"}
+EXAMPLES = 3
+"""Prompts of a pair whose texts are kept, those that part first."""
 
 
 def consistency(config: EvalConfig) -> dict[str, Any]:
     """Compare the compressed model with its fake-quant model and its base, as far as the config names them.
 
-    Writes `consistency` into output/report.json and survival.png beside it, prints tables and a verdict, logs to W&B.
+    Writes `consistency` into output/report.json, report.html and survival.png beside it, prints tables and a verdict,
+    logs to W&B.
     At most two models are in memory.
 
     Returns:
         passed: no divergent token and all logits equal, fake-quant vs compressed; None without that pair.
-        fake_quant, base: where the config names them, {"generation": `qat.divergence.compare_tokens`,
-            "logits": `qat.divergence.LogitComparison.summary`}; the reference is the named model.
+        fake_quant, base: where the config names them, {"generation": `qat.divergence.compare_tokens`, "logits":
+            `qat.divergence.LogitComparison.summary`}; the reference is the named model. generation["examples"] are
+            {"prompt", "reference", "other", "position"}: texts, of both models token by token, and where they part.
         device, dtype: where and in what the models ran.
         settings: the config, as plain data. text_tokens: tokens in the text.
         seconds: by stage.
@@ -61,7 +66,8 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     folder = read_config(Path(config.compressed))
     _check_context(config, folder.get("max_position_embeddings"))
     references = _references(config, folder, dtype)
-    prompts, text, text_tokens = _held_out(config, load_tokenizer(config.compressed))
+    tokenizer = load_tokenizer(config.compressed)
+    prompts, text, text_tokens = _held_out(config, tokenizer)
     seconds: dict[str, float] = {}
     with progress_bar() as progress:
         with _timed(seconds, "load compressed"):
@@ -77,7 +83,9 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
                 tokens, margins = _generate(name, reference, prompts, config, progress)
             with _timed(seconds, f"logits {name}"):
                 logits = _compare_logits(name, reference, compressed, text, config.batch_size, progress)
-            pairs[name] = {"generation": compare_tokens(tokens, generated, margins), "logits": logits}
+            generation = compare_tokens(tokens, generated, margins)
+            generation["examples"] = _examples(tokenizer, prompts, tokens, generated, generation["divergences"])
+            pairs[name] = {"generation": generation, "logits": logits}
             del reference
     report = {
         "passed": _passed(pairs["fake_quant"]) if "fake_quant" in pairs else None,
@@ -94,7 +102,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
     console().print(_verdict(report))
-    console().print(f"report: {path}")
+    console().print(f"report: {path}, {write_page(output)}")
     log_to_wandb(config.logger, output, "consistency", _headline(report), tables, {"survival": figure})
     return report
 
@@ -217,6 +225,23 @@ def _compare_logits(
             comparison.update(p_logits, q_logits, targets)
             progress.advance(task)
     return comparison.summary()
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerBase, prompts: Tensor, reference: Tensor, other: Tensor, divergences: list[Any]
+) -> list[dict[str, Any]]:
+    """A few prompts and what both models wrote, token by token: those that part first, else the first ones."""
+    positions = {found["prompt"]: found["position"] for found in divergences}
+    chosen = sorted(range(len(prompts)), key=lambda row: (positions.get(row, math.inf), row))[:EXAMPLES]
+    return [
+        {
+            "prompt": tokenizer.decode(prompts[row]),
+            "reference": token_texts(tokenizer, reference[row].tolist()),
+            "other": token_texts(tokenizer, other[row].tolist()),
+            "position": positions.get(row),
+        }
+        for row in chosen
+    ]
 
 
 def _passed(pair: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rans_kernels.checkpoint import read_config
 
+from eval.page import write_page
 from qat.cli import entry_point
 from qat.config import EvalConfig, to_plain
 from qat.errors import UserError
@@ -49,8 +50,8 @@ class CodecLM(HFLM):
 def harness(config: EvalConfig) -> dict[str, Any]:
     """Run lm-eval tasks on the compressed model, and on the base if the config names one.
 
-    Writes `harness` into output/report.json (and samples_<model>_<task>.jsonl if `log_samples`), prints a table and
-    logs to W&B.
+    Writes `harness` into output/report.json and report.html (and samples_<model>_<task>.jsonl if `log_samples`), prints
+    a table and logs to W&B.
 
     Returns:
         results: {"compressed": scores, "base": scores}, where scores[task][metric] = {"value", "error",
@@ -91,7 +92,7 @@ def harness(config: EvalConfig) -> dict[str, Any]:
     tables = _tables(report)
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
-    console().print(f"report: {path}")
+    console().print(f"report: {path}, {write_page(output)}")
     log_to_wandb(config.logger, output, "harness", {"results": results, "flips": report["flips"]}, tables)
     return report
 

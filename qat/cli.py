@@ -94,7 +94,7 @@ def one_line(error: BaseException) -> str:
     return said if key in said else f"{key}: {said}"
 
 
-def exit_code(call: Callable[[], Any], full: bool) -> int:
+def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """0, or what the error that `call` raised stands for, its line printed; errors of no user's are raised.
 
     Args:

@@ -139,9 +139,7 @@ def export(config: ExportConfig) -> Path:
         data["quantization_config"] = quantization_config(
             layers, tied, to_plain(source.quant), config.profile.value, producer
         )
-        for pattern in COPIED:
-            for file in source.folder.glob(pattern):
-                shutil.copyfile(file, writer.folder / file.name)
+        copy_companions(source.folder, writer.folder)
         summary = summarise(report) | {
             "source": config.source, "step": source.step, "profile": config.profile.value,
             "seconds": round(time.perf_counter() - begin, 2),
@@ -172,6 +170,13 @@ def checked_output(config: ExportConfig) -> Path:
     if Path(config.source).expanduser().resolve().is_relative_to(output.resolve()):
         raise UserError(f"output={config.output} holds the source, which would be lost: choose another name")
     return output
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer and generation config from one model's folder to another's."""
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def plan_modules(hf_config: Any, quant: QuantConfig, lossless: Lossless) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qat.divergence import top_margin
 from qat.errors import UserError
@@ -101,3 +107,15 @@ def generate_greedy(
     finally:
         model.generation_config = own
     return torch.cat(tokens), torch.cat(margins)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """What each token adds to the text, joined the text of all; of a character in several tokens the last has it."""
+    pieces, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end]))
+        # a character whose bytes are not all there yet
+        shown = done if text.endswith("\ufffd") and end < len(ids) else text
+        pieces.append(shown[len(done) :])
+        done = shown
+    return pieces

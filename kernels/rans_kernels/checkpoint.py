@@ -292,6 +292,21 @@ def open_shard(path: Path) -> Any:
         raise FormatError(f"{path} is damaged or truncated ({error}): copy it again") from error
 
 
+def read_tensor(key: str, shards: dict[str, Path]) -> Tensor:
+    """Read one stored tensor.
+
+    Raises:
+        FormatError: it is missing, or its file is damaged.
+    """
+    if key not in shards:
+        raise FormatError(f"{key} is missing from the folder: copy or export it again")
+    with open_shard(shards[key]) as shard:
+        try:
+            return shard.get_tensor(key)
+        except SafetensorError as error:
+            raise FormatError(f"{shards[key]} is damaged: {error}") from error
+
+
 def read_layer(name: str, entry: LayerEntry, shards: dict[str, Path]) -> tuple[EncodedTensor, Tensor]:
     """Read one compressed weight and its scales, checksums compared.
 
@@ -300,14 +315,7 @@ def read_layer(name: str, entry: LayerEntry, shards: dict[str, Path]) -> tuple[E
     """
     buffers = {}
     for buffer in BUFFERS:
-        key = f"{name}.{buffer}"
-        if key not in shards:
-            raise FormatError(f"{key} is missing from the folder: copy or export it again")
-        with open_shard(shards[key]) as shard:
-            try:
-                buffers[buffer] = shard.get_tensor(key)
-            except SafetensorError as error:
-                raise FormatError(f"{shards[key]} is damaged: {error}") from error
+        buffers[buffer] = read_tensor(f"{name}.{buffer}", shards)
     check_buffers(name, entry, buffers)
     arrays = (buffers[buffer].numpy() for buffer in BUFFERS[:-1])
     return EncodedTensor(entry.layout, *arrays), buffers["weight_scale"]
@@ -350,3 +358,17 @@ def iterate_weights(folder: Path, workers: int | None = None) -> Iterator[tuple[
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
         yield name, entry, weights, scale
+
+
+def iterate_plain(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read every tensor of a folder that belongs to no compressed weight in turn: its name, and it.
+
+    Raises:
+        FormatError: the first thing that is wrong with the folder.
+    """
+    layers = parse_layers(read_config(folder)["quantization_config"])
+    shards = shard_of(folder)
+    coded = {f"{name}.{buffer}" for name in layers for buffer in BUFFERS}
+    for key in shards:
+        if key not in coded:
+            yield key, read_tensor(key, shards)

@@ -100,9 +100,7 @@ class DecodeAhead:
         capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         gradients = torch.is_grad_enabled() and x.requires_grad
         rows, layout = x.numel() // max(1, x.shape[-1]), layer.layout
-        decodes = not (
-            uses_fused_kernel(layout.fold * rows, x.device, x.dtype) or chain_launch(layout, rows, x.device, x.dtype)
-        )
+        decodes = not (uses_fused_kernel(rows, x.device, x.dtype) or chain_launch(layout, rows, x.device, x.dtype))
         return decodes and not (capturing or gradients)
 
     def multiply(self, layer: CompressedLinear, x: Tensor) -> Tensor:

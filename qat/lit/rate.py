@@ -51,8 +51,9 @@ class Steered:
         """Stored bits a weight, with the overhead measured anew."""
         bits = overhead_bits(term.modules, term.config.profile.value, term.config.panels, term.config.fit)
         term.overheads = {name: bits[name] / module.weight.numel() for name, module in term.modules.items()}
-        stored = term.entropy() + sum(bits.values()) / term.weights
-        self.overhead = stored - term.coded_bits
+        content = term.content()
+        stored = content.entropy + sum(bits.values()) / term.weights
+        self.overhead = stored - content.coded
         return stored
 
     def update(self, step: int, term: RateTerm, kl: float | None, lr_share: float) -> dict[str, float]:
@@ -69,8 +70,8 @@ class Steered:
         assert self.overhead is not None
         if term.config.fit:
             term.fit()
-        entropy = term.refresh()
-        stored = term.coded_bits + self.overhead
+        entropy, coded = term.refresh()
+        stored = coded + self.overhead
         self.controller.update(step, stored, kl)
         metrics = {"entropy": entropy, "stored": stored}
         if term.config.price is not RatePrice.none:

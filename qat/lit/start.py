@@ -82,7 +82,7 @@ class Start(pl.Callback):
     def _land(self, term: RateTerm, target: float) -> None:
         rate = self.config.rate
         measure = partial(container_overhead, term.modules, rate.profile.value, rate.panels, rate.fit)
-        term.land(lambda: term.entropy() + measure(), target, SPAN)
+        term.land(lambda: term.content().entropy + measure(), target, SPAN)
 
 
 def uses_start(config: TrainConfig) -> bool:

@@ -49,7 +49,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
         `model`; only if it is itself one linear layer, that layer's replacement.
 
     Raises:
-        UserError: a value of `config` means nothing, no layer is chosen, or head or embedding is of a class of its own.
+        UserError: a value of `config` means nothing, no layer is chosen, one is of the transposed kind of GPT-2, or
+            head or embedding is of a class of its own.
     """
     check_config(config)
     chosen = _choose(model, config)
@@ -136,14 +137,17 @@ def end_modules(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
 def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, nn.Linear | nn.Embedding]:
     """The stock layers that are not quantised, by name: input embedding, output head, and unless `ends_only` the rest.
 
-    Like `prepare` it takes nn.Linear itself, no subclass, and of the embeddings the input's alone.
+    Like `prepare` it takes nn.Linear itself, no subclass, and of the embeddings the input's alone. A head tied to an
+    embedding of another class, as Gemma's, is left with it.
     """
     embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    plain = _is_plain(embedding, nn.Embedding)
+    left = head if not plain and embedding is not None and head.weight is embedding.weight else None
     return {
         name: module
         for name, module in model.named_modules()
-        if (module is embedding and _is_plain(module, nn.Embedding))
-        or (type(module) is nn.Linear and (module is head or not ends_only))
+        if (module is embedding and plain)
+        or (type(module) is nn.Linear and module is not left and (module is head or not ends_only))
     }
 
 
@@ -187,6 +191,12 @@ def _choose(model: nn.Module, config: QuantConfig) -> list[nn.Linear | nn.Embedd
             chosen.append(module)
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
     chosen += [module for name, module in linear.items() if _matches(name, config)]
+    transposed = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D" and _matches(n, config)]
+    if transposed:
+        raise UserError(
+            f"{transposed[0]} is a Conv1D, GPT-2's linear layer of a transposed weight, which cannot be quantised; "
+            "leave such layers out by quant.include or quant.exclude"
+        )
     if not chosen:
         names = ", ".join(list(linear)[:3]) or "none"
         raise UserError(

@@ -14,7 +14,7 @@ the clip a weight is charged what the clip costs, and gets no gradient.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rans_kernels.coder.plan import choose_split, split_bits
@@ -174,6 +174,14 @@ def distinct_weights(modules: Mapping[str, M]) -> dict[str, M]:
     return {name: modules[name] for name in owners.values()}
 
 
+class Content(NamedTuple):
+    """What integers hold, in bits a weight over all tensors of a group."""
+
+    entropy: float
+    coded: float
+    """In the code of the profile, of which `compact` is taken for an ideal one."""
+
+
 class RateTerm:
     """The mean price of some quantised weights of a model, and the histograms it rests on.
 
@@ -193,8 +201,6 @@ class RateTerm:
         self.shares: dict[str, Tensor] = {}
         # what the container adds to a weight's entropy, in bits, where somebody has measured it
         self.overheads: dict[str, float] = {}
-        # of the integers last looked at, in the profile's code, bits a weight
-        self.coded_bits = 0.0
         # what prices rest on, from the histograms as they are; made when first asked for
         self._about: dict[str, Tensor] = {}
         self._pulling: float | None = None
@@ -204,9 +210,9 @@ class RateTerm:
         self._shares = torch.compile(weight_shares, dynamic=False) if compile else weight_shares
 
     @torch.no_grad()
-    def entropy(self) -> float:
-        """Entropy of the integers as they are stored, in bits a weight."""
-        return self._mean_entropy(torch.stack([integer_shares(q) for q in self.integers().values()]))
+    def content(self) -> Content:
+        """Of the integers as they are stored."""
+        return self._content(torch.stack([integer_shares(q) for q in self.integers().values()]))
 
     @torch.no_grad()
     def integers(self) -> dict[str, Tensor]:
@@ -240,8 +246,8 @@ class RateTerm:
             module.log2_scale.add_(octaves)
 
     @torch.no_grad()
-    def refresh(self) -> float:
-        """Take new histograms into account; gives the entropy of the integers, of large tensors of a sample of them."""
+    def refresh(self) -> Content:
+        """Take new histograms into account; gives what the integers hold, of large tensors a sample of them."""
         if self.config.fit:
             found = {name: integer_shares(q) for name, q in self.integers().items()}
         else:
@@ -256,7 +262,7 @@ class RateTerm:
         self.shares.update(zip(found, now.lerp(past, self.config.ema), strict=True))
         self._about.clear()
         self._pulling = None
-        return self._mean_entropy(now)
+        return self._content(now)
 
     @torch.no_grad()
     def pull(self, weight: float) -> None:
@@ -299,18 +305,17 @@ class RateTerm:
             self._about[name] = logistic_spread(shares) if noisy else table_prices(shares)
         return self._about[name]
 
-    def _mean_entropy(self, shares: Tensor) -> float:
+    def _content(self, shares: Tensor) -> Content:
         sizes = [module.weight.numel() for module in self.modules.values()]
         bits = share_entropy(shares)
         entropy = float((bits * torch.tensor(sizes, device=bits.device)).sum()) / self.weights
-        self.coded_bits = entropy
-        if self.config.profile is not Profile.compact:
-            # compact is within hundredths of the entropy, for which the host need not read every histogram
-            counts = [(s * n).round().long().cpu().numpy() for s, n in zip(shares, sizes, strict=True)]
-            splits = [choose_split(c, self.config.profile.value) for c in counts]
-            coded = (split_bits(c, split) * n for c, split, n in zip(counts, splits, sizes, strict=True))
-            self.coded_bits = sum(coded) / self.weights
-        return entropy
+        if self.config.profile is Profile.compact:
+            # within hundredths of the entropy, for which the host need not read every histogram
+            return Content(entropy, entropy)
+        counts = [(s * n).round().long().cpu().numpy() for s, n in zip(shares, sizes, strict=True)]
+        splits = [choose_split(c, self.config.profile.value) for c in counts]
+        coded = (split_bits(c, split) * n for c, split, n in zip(counts, splits, sizes, strict=True))
+        return Content(entropy, sum(coded) / self.weights)
 
 
 def rate_terms(model: nn.Module, config: RateConfig, compile: bool = False) -> dict[str, RateTerm]:

@@ -59,7 +59,8 @@ def test_what_is_added_to_an_ideal_code_stays_while_steps_move(profile: Profile)
     over = []
     for octaves in (0.0, 0.7, 0.8):
         term.shift(octaves)
-        over.append(term.entropy() + container_overhead(layers, profile.value, panels=99) - term.coded_bits)
+        content = term.content()
+        over.append(content.entropy + container_overhead(layers, profile.value, panels=99) - content.coded)
     assert max(over) - min(over) < 0.03
 
 

@@ -1,12 +1,14 @@
 """`int8_linear_tiled`: what `rans_linear` computes, from plain INT8 weights."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from rans_kernels.dense import int8_linear
 from rans_kernels.ops.coded import backend_of, on_device
-from rans_kernels.ops.fold import gather_rows, multiplies_folded, place_rows
-from rans_kernels.ops.rans_linear.op import uses_fused_kernel
+from rans_kernels.ops.fold import multiplies_folded, multiply_folded
+from rans_kernels.ops.rans_linear.op import fused_rows, uses_fused_kernel
 
 
 @torch.library.custom_op("rans_kernels::int8_linear", mutates_args=())
@@ -34,14 +36,15 @@ def int8_linear_tiled(
         [..., N] in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    fused = weight.numel() > 0 and uses_fused_kernel(fold * len(rows), x.device, x.dtype, group_size)
+    fused = weight.numel() > 0 and uses_fused_kernel(len(rows), x.device, x.dtype, group_size)
     fused = fused and multiplies_folded(fold, scale, bias, group_size)
     if fused and backend_of(x.device) == "gluon":
         from rans_kernels.ops.int8_linear.gluon import int8_linear_gluon
 
         with on_device(x):
             coded = weight.reshape(len(weight) // fold, -1)
-            y = gather_rows(int8_linear_gluon(place_rows(rows, fold), coded, scale, bias, units), fold)
+            multiply = partial(int8_linear_gluon, weight=coded, scale=scale, bias=bias, units=units)
+            y = multiply_folded(multiply, rows, fold, fused_rows(x.device))
     else:
         y = int8_linear(rows, weight, scale, bias, group_size)
     return y.reshape(*x.shape[:-1], len(weight))

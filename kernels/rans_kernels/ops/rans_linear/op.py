@@ -1,5 +1,6 @@
 """`rans_linear`: x @ W.T straight from the compressed W, as one operator that torch.compile does not look into."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from rans_kernels.format import TileLayout
 from rans_kernels.ops.coded import CodedWeight, backend_of, is_hopper, on_device
-from rans_kernels.ops.fold import gather_rows, multiplies_folded, place_rows
+from rans_kernels.ops.fold import multiplies_folded, multiply_folded
 from rans_kernels.ops.rans_linear.naive import rans_linear_naive
 
 if TYPE_CHECKING:
@@ -30,16 +31,18 @@ def uses_fused_kernel(
     group_size: int | None = None,
     weight_dtype: torch.dtype = torch.int8,
 ) -> bool:
-    """True if a product with so many rows of `dtype` runs a fused kernel in the order that all batches share.
-
-    Rows are those that the kernel gets: of a folded weight `fold` times those of x.
-    """
+    """True if `rans_linear` on so many rows of `dtype` runs a fused kernel in the order that all batches share."""
     backend = backend_of(device)
     if weight_dtype != torch.int8:
         # tensor cores multiply floats of one dtype
         return backend == "gluon" and dtype == weight_dtype and 0 < rows <= FUSED_ROWS[backend]
     fits = backend != "gluon" or (dtype != torch.float32 and group_size is None)
-    return fits and 0 < rows <= (HOPPER_ROWS if is_hopper(device) else FUSED_ROWS[backend])
+    return fits and 0 < rows <= fused_rows(device)
+
+
+def fused_rows(device: torch.device) -> int:
+    """The most rows of x that the fused kernels of a device take in the order that all batches share."""
+    return HOPPER_ROWS if is_hopper(device) else FUSED_ROWS[backend_of(device)]
 
 
 def uses_wide_kernel(rows: int, device: torch.device, weight_dtype: torch.dtype = torch.int8) -> bool:
@@ -94,14 +97,15 @@ def _rans_linear(
 ) -> Tensor:
     weight = CodedWeight.of(heads, words, offsets, table, numbers)
     rows, fold = x.reshape(-1, x.shape[-1]), weight.layout.fold
-    fused = uses_fused_kernel(fold * len(rows), x.device, x.dtype, group_size, weight.dtype)
+    fused = uses_fused_kernel(len(rows), x.device, x.dtype, group_size, weight.dtype)
     fused = fused and multiplies_folded(fold, scale, bias, group_size)
     chain = None if fused else chain_launch(weight.layout, len(rows), x.device, x.dtype, group_size)
     if not weight.layout.tiles or not (fused or chain):
         y = rans_linear_naive(rows, weight, scale, bias, group_size)
     else:
         with on_device(x):
-            y = gather_rows(_multiply(place_rows(rows, fold), weight, scale, bias, group_size, chain), fold)
+            multiply = partial(_multiply, weight=weight, scale=scale, bias=bias, group_size=group_size, chain=chain)
+            y = multiply_folded(multiply, rows, fold, fused_rows(x.device))
     return y.reshape(*x.shape[:-1], weight.layout.shape[0])
 
 

@@ -1,0 +1,182 @@
+"""The page says what the report says, loads nothing, and holds whatever text a model writes."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.consistency import consistency
+from eval.page import page, shown, write_page
+from qat.config import EvalConfig
+from qat.errors import UserError
+from qat.inference import token_texts
+from qat.model import load_tokenizer
+
+VOID = {"meta", "br"}
+EVIL = '<script>alert("1")</script> & "quotes" </p>'
+
+
+class Balanced(HTMLParser):
+    """Fails where tags do not close; collects the page's text and what it refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.links, self.tags = "", [], []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href", "xlink:href") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(text: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(text)
+    parser.close()
+    assert not parser.open
+    return parser
+
+
+def job(**more: Any) -> dict[str, Any]:
+    environment = {"time": "now", "command": "python x", "gpus": [], "cpu": "a cpu", "versions": {"torch": "2"}}
+    return {
+        "settings": {"compressed": "/out/model"},
+        "device": "cpu",
+        "dtype": "float32",
+        "environment": environment,
+    } | more
+
+
+@pytest.fixture
+def written(config: EvalConfig) -> Path:
+    consistency(config)
+    return Path(config.output)
+
+
+def test_the_page_says_what_the_report_says(written: Path) -> None:
+    report = json.loads((written / "report.json").read_text())["consistency"]
+    found = parsed((written / "report.html").read_text())
+    assert "PASS" in found.text
+    made = report["fake_quant"]["generation"]
+    assert f"{made['divergent_tokens']:,} of {made['tokens']:,}" in found.text
+    ratio = report["base"]["logits"]["perplexity"]["ratio"]
+    assert f"{100 * (ratio - 1):+.2f} %" in found.text
+    for value in report["base"]["logits"]["kl"].values():
+        if isinstance(value, float):
+            assert f"{value:.5g}" in found.text
+    for example in report["base"]["generation"]["examples"]:
+        assert unescape(shown(example["prompt"])) in found.text
+        at = example["position"] or 0
+        assert unescape(shown("".join(example["other"][:at]))) in found.text
+    # every layer of the folder, from its own report
+    exported = json.loads((Path(report["settings"]["compressed"]) / "export_report.json").read_text())
+    for layer in exported["layers"]:
+        assert (layer["name"] in found.text) == (layer["kind"] != "plain")
+
+
+def test_it_loads_nothing_and_runs_nothing(written: Path) -> None:
+    found = parsed((written / "report.html").read_text())
+    assert all(link.startswith("#") for link in found.links)
+    assert "script" not in found.tags and "img" not in found.tags and "link" not in found.tags
+    assert not re.search(r"url\((?!#)", (written / "report.html").read_text())
+
+
+def test_the_first_token_that_differs_is_marked_and_only_it(written: Path) -> None:
+    report = json.loads((written / "report.json").read_text())
+    examples = report["consistency"]["base"]["generation"]["examples"]
+    marks = re.findall(r"<mark>(.*?)</mark>", (written / "report.html").read_text(), re.DOTALL)
+    parting = [example for example in examples if example["position"] is not None]
+    assert parting, "the base never parts from a model of 5 bits?"
+    wanted = [shown(example[side][example["position"]]) for example in parting for side in ("reference", "other")]
+    assert marks == [token or "\u2423" for token in wanted]
+    # those that part first
+    positions = sorted(found["position"] for found in report["consistency"]["base"]["generation"]["divergences"])
+    assert [example["position"] for example in parting] == positions[: len(parting)]
+
+
+def test_examples_are_the_text_token_by_token(written: Path, config: EvalConfig) -> None:
+    report = json.loads((written / "report.json").read_text())["consistency"]
+    for name in ("fake_quant", "base"):
+        for example in report[name]["generation"]["examples"]:
+            assert len(example["reference"]) == len(example["other"]) == config.new_tokens
+
+
+@pytest.mark.parametrize(
+    "text", ["plain words", "naïve – façade", "日本語のテキスト", "🙂🙃 mixed 日", "\n\n  spaces\t"]
+)
+def test_pieces_of_any_text_join_to_it(base: Path, text: str) -> None:
+    tokenizer = load_tokenizer(str(base))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = token_texts(tokenizer, ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_what_a_model_writes_stays_text() -> None:
+    example = {"prompt": EVIL, "reference": [EVIL, "a", "b"], "other": [EVIL, EVIL, "c"], "position": 1}
+    spread = dict.fromkeys(("mean", "max", "median"), 0.5)
+    logits = {"kl": spread, "delta_p": spread, "same_top": 1.0, "perplexity": {"ratio": 1.0}}
+    made = {"survival": [1.0, 0.5], "divergent_tokens": 2, "tokens": 3, "examples": [example]}
+    report = {"consistency": job(passed=False, base={"generation": made, "logits": logits})}
+    report["consistency"]["settings"]["compressed"] = f"/out/{EVIL.replace('/', '')}"
+    found = parsed(page(report))
+    assert "script" not in found.tags
+    assert found.text.count(EVIL) == 4
+    assert "FAIL" in found.text
+
+
+def test_benchmarks_alone_make_a_page() -> None:
+    scores = {"arc": {"acc": {"value": 0.25, "error": None, "higher_is_better": True}}}
+    flips = {"arc": {"items": 8, "lost": 1, "gained": 2, "changed": 3}}
+    report = {"harness": job(results={"base": scores, "compressed": scores}, flips=flips, samples={"arc": 8})}
+    found = parsed(page(report))
+    assert "right to wrong" in found.text and "arc, acc" in found.text and "–" in found.text
+    report["harness"]["flips"] = {}
+    assert "right to wrong" not in parsed(page(report)).text
+
+
+def test_equal_reports_give_equal_pages(written: Path) -> None:
+    first = (written / "report.html").read_bytes()
+    assert write_page(written).read_bytes() == first
+
+
+def test_a_missing_and_a_damaged_report_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no report\.json"):
+        write_page(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        write_page(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no headless browser on this machine")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_it_without_a_scroll_bar_across(written: Path, tmp_path: Path, width: int) -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)))
+    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
+    (tmp_path / "page.html").write_text((written / "report.html").read_text().replace("</body>", f"{probe}</body>"))
+    words = [browser, "--headless", "--no-sandbox", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run([*words, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=60)
+    (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)
+    assert int(title) <= max(width, 500)
