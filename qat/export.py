@@ -131,6 +131,8 @@ def export(config: ExportConfig) -> Path:
                 writer.add({key: tensor})
                 report.append(plain_row(key, tensor))
         data = hf_config.to_dict()
+        # a place on this machine
+        data.pop("_name_or_path", None)
         data["dtype"] = stored_dtype(report)
         if tied:
             # the stored weight is not a parameter that transformers could tie

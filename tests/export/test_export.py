@@ -127,6 +127,12 @@ def test_greedy_tokens_equal_with_and_without_cache(tiny_llama, tmp_path):
     assert all(torch.equal(text, texts[0]) for text in texts)
 
 
+def test_what_a_model_is_loaded_by_names_no_place_on_this_machine(tiny_llama, tmp_path):
+    source = tiny_llama()
+    config = (run(source, tmp_path / "out") / "config.json").read_text()
+    assert str(source) not in config and str(tmp_path) not in config
+
+
 def test_report_adds_up_and_names_each_layer(tiny_llama, tmp_path):
     folder = run(tiny_llama(), tmp_path / "out", quant=QuantConfig(bits=4, scale=ScaleRule.std, k=0.2))
     report = json.loads((folder / "export_report.json").read_text())
