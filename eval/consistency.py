@@ -21,7 +21,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.page import TITLES, write_page
+from eval.page import write_page
+from eval.tables import TITLES, percentile_table, survival_figure
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import entry_point
 from qat.config import EvalConfig, QuantConfig, from_plain, to_plain
@@ -97,7 +98,8 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         "seconds": seconds,
     }
     path = write_report(output, "consistency", report)
-    figure = _plot_survival(output / "survival.png", pairs)
+    figure = output / "survival.png"
+    survival_figure(pairs).savefig(figure, dpi=150)
     tables = _tables(pairs)
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
@@ -267,13 +269,9 @@ def _tables(pairs: dict[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]
     """Columns and rows by title: the numbers that matter, and llama.cpp's percentiles."""
     titles = [TITLES[name] for name in pairs]
     figures = [_figures(pair) for pair in pairs.values()]
-    spreads = [pair["logits"][key] for pair in pairs.values() for key in ("kl", "delta_p")]
     return {
         "consistency": (["quantity", *titles], [[row, *(values[row] for values in figures)] for row in figures[0]]),
-        "percentiles over tokens": (
-            ["percentile", *(f"{quantity}, {title}" for title in titles for quantity in ("KL", "delta p"))],
-            [[row, *(values[row] for values in spreads)] for row in spreads[0]],
-        ),
+        "percentiles over tokens": percentile_table(pairs),
     }
 
 
@@ -312,21 +310,6 @@ def _headline(report: dict[str, Any]) -> dict[str, Any]:
         numbers = {**report[name]["generation"], **report[name]["logits"]}
         headline[name] = {key: value for key, value in numbers.items() if not isinstance(value, list)}
     return headline
-
-
-def _plot_survival(path: Path, pairs: dict[str, Any]) -> Path:
-    """S(n) of every pair as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, pair in pairs.items():
-        axes.step(range(1, pair["generation"]["new_tokens"] + 1), pair["generation"]["survival"], label=TITLES[name])
-    axes.set(xlabel="generated tokens", ylabel="share of prompts without a divergence", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    return path
 
 
 @contextmanager

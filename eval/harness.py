@@ -27,6 +27,7 @@ from lm_eval.tasks import TaskManager
 from rans_kernels.checkpoint import read_config
 
 from eval.page import write_page
+from eval.tables import Table, flip_table, score_table
 from qat.cli import entry_point
 from qat.config import EvalConfig, to_plain
 from qat.errors import UserError
@@ -221,22 +222,10 @@ def _choice(item: dict[str, Any]) -> int:
     return likelihoods.index(max(likelihoods))
 
 
-def _tables(report: dict[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    models = list(report["results"])
-    rows = []
-    for task, scores in report["results"]["compressed"].items():
-        for metric in scores:
-            row = [task, metric, report["samples"].get(task)]
-            for name in models:
-                score = report["results"][name][task][metric]
-                row += [score["value"], score["error"]]
-            rows.append(row)
-    columns = ["task", "metric", "items", *(column for name in models for column in (name, f"± {name}"))]
-    tables = {"lm-eval": (columns, rows)}
+def _tables(report: dict[str, Any]) -> dict[str, Table]:
+    tables = {"lm-eval": score_table(report)}
     if report["flips"]:
-        kinds = ["items", "lost", "gained", "changed"]
-        flips = [[task, *(counts[kind] for kind in kinds)] for task, counts in report["flips"].items()]
-        tables["flips, base to compressed"] = (["task", *kinds], flips)
+        tables["flips, base to compressed"] = flip_table(report)
     return tables
 
 

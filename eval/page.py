@@ -5,6 +5,7 @@
 `eval.consistency` and `eval.harness` write it beside their report.json.
 """
 
+import argparse
 import io
 import json
 import sys
@@ -13,10 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval.tables import TITLES, flip_table, percentile_table, score_table, survival_figure
+from qat.cli import exit_code
 from qat.errors import UserError
 from qat.report import write_text
-
-TITLES = {"fake_quant": "fake-quant vs compressed", "base": "base vs compressed"}
 
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 """Of control characters, which HTML cannot hold."""
@@ -124,15 +125,11 @@ def _facts(report: dict[str, Any], exported: dict[str, Any] | None) -> list[str]
 
 def _consistency(report: dict[str, Any]) -> list[str]:
     pairs = {name: report[name] for name in TITLES if name in report}
-    titles = [TITLES[name] for name in pairs]
-    curves = {TITLES[name]: pair["generation"]["survival"] for name, pair in pairs.items()}
-    spreads = [pair["logits"][key] for pair in pairs.values() for key in ("kl", "delta_p")]
-    columns = ["percentile", *(f"{what}, {title}" for title in titles for what in ("KL", "Δp"))]
     parts = [
         "<h2>Prompts without a divergence so far</h2>",
-        _figure(_survival(curves)),
+        _figure(survival_figure(pairs)),
         "<h2>Percentiles over tokens</h2>",
-        _table(columns, [[row, *(spread[row] for spread in spreads)] for row in spreads[0]]),
+        _table(*percentile_table(pairs)),
     ]
     for name, pair in pairs.items():
         if examples := pair["generation"].get("examples"):
@@ -163,19 +160,15 @@ def shown(text: str) -> str:
 
 
 def _harness(report: dict[str, Any]) -> list[str]:
-    models = list(report["results"])
-    rows = [
-        [f"{task}, {metric}", report["samples"].get(task)]
-        + [report["results"][model][task][metric][key] for model in models for key in ("value", "error")]
-        for task, scores in report["results"]["compressed"].items()
-        for metric in scores
-    ]
-    columns = ["task", "items", *(column for model in models for column in (model, "±"))]
-    parts = ["<h2>Benchmarks</h2>", _table(columns, rows)]
+    columns, rows = score_table(report)
+    # a narrow screen has no room for two columns of names
+    joined = [[f"{task}, {metric}", *values] for task, metric, *values in rows]
+    parts = ["<h2>Benchmarks</h2>", _table(["task", *columns[2:]], joined)]
     if report["flips"]:
-        kinds = {"items": "items", "lost": "right to wrong", "gained": "wrong to right", "changed": "another choice"}
-        flips = [[task, *(counts[kind] for kind in kinds)] for task, counts in report["flips"].items()]
-        parts += ["<h2>Items whose answer changed</h2>", _table(["task", *kinds.values()], flips)]
+        words = {"lost": "right to wrong", "gained": "wrong to right", "changed": "another choice"}
+        columns, rows = flip_table(report)
+        named = [words.get(column, column) for column in columns]
+        parts += ["<h2>Items whose answer changed</h2>", _table(named, rows)]
     return parts
 
 
@@ -200,19 +193,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _survival(curves: dict[str, list[float]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for title, curve in curves.items():
-        axes.step(range(1, len(curve) + 1), curve, label=title)
-    axes.set(xlabel="generated tokens", ylabel="share of prompts", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
 
 
 def _bits(layers: list[dict[str, Any]]) -> Any:
@@ -247,14 +227,11 @@ def _origin(job: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """`python -m eval.page FOLDER`."""
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m eval.page FOLDER, with a report.json in it")
-    try:
-        print(f"page: {write_page(Path(sys.argv[1]))}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """`python -m eval.page FOLDER`; exit codes as those of `qat.cli.entry_point`."""
+    parser = argparse.ArgumentParser(prog="python -m eval.page", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="with a report.json in it")
+    folder = parser.parse_args().folder
+    sys.exit(exit_code(lambda: print(f"page: {write_page(folder)}")))
 
 
 if __name__ == "__main__":

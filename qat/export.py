@@ -25,7 +25,7 @@ from rans_kernels.coder import (
     high_bytes,
     weight_histogram,
 )
-from rans_kernels.coder.plan import choose_float_layout, choose_layout
+from rans_kernels.coder.plan import can_fold, choose_float_layout, choose_layout
 from rans_kernels.format import FLOATS, FormatError, TileLayout
 from torch import Tensor, nn
 
@@ -260,7 +260,7 @@ def plan_integers(
     weights, (qmax, _) = q.numpy(), grid(source.quant)
     counts = weight_histogram(weights)
     clipped = float(counts[[128 - qmax, 128 + qmax]].sum() / weights.size)
-    foldable = scale.numel() == 1 and not bias
+    foldable = can_fold(scale.numel(), bias)
     layout = choose_layout(counts, (q.shape[0], q.shape[1]), config.profile.value, foldable)
     return weights, scale, layout, {"entropy": entropy(counts), "clipped": clipped}
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def coded_names(layers: Iterable[str]) -> set[str]:
+    """Names of the stored tensors of compressed modules."""
+    return {f"{name}.{buffer}" for name in layers for buffer in BUFFERS}
+
+
 def shard_of(folder: Path) -> dict[str, Path]:
     """File of every stored tensor.
 
@@ -313,9 +318,7 @@ def read_layer(name: str, entry: LayerEntry, shards: dict[str, Path]) -> tuple[E
     Raises:
         FormatError: a buffer is missing, has another shape or dtype, or another checksum.
     """
-    buffers = {}
-    for buffer in BUFFERS:
-        buffers[buffer] = read_tensor(f"{name}.{buffer}", shards)
+    buffers = {buffer: read_tensor(f"{name}.{buffer}", shards) for buffer in BUFFERS}
     check_buffers(name, entry, buffers)
     arrays = (buffers[buffer].numpy() for buffer in BUFFERS[:-1])
     return EncodedTensor(entry.layout, *arrays), buffers["weight_scale"]
@@ -368,7 +371,7 @@ def iterate_plain(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     layers = parse_layers(read_config(folder)["quantization_config"])
     shards = shard_of(folder)
-    coded = {f"{name}.{buffer}" for name in layers for buffer in BUFFERS}
+    coded = coded_names(layers)
     for key in shards:
         if key not in coded:
             yield key, read_tensor(key, shards)

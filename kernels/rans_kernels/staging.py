@@ -99,8 +99,10 @@ class DecodeAhead:
             return False
         capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         gradients = torch.is_grad_enabled() and x.requires_grad
-        rows, layout = x.numel() // max(1, x.shape[-1]), layer.layout
-        decodes = not (uses_fused_kernel(rows, x.device, x.dtype) or chain_launch(layout, rows, x.device, x.dtype))
+        rows = x.numel() // max(1, x.shape[-1])
+        decodes = not (
+            uses_fused_kernel(rows, x.device, x.dtype) or chain_launch(layer.layout, rows, x.device, x.dtype)
+        )
         return decodes and not (capturing or gradients)
 
     def multiply(self, layer: CompressedLinear, x: Tensor) -> Tensor:

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rans_kernels.checkpoint import BUFFERS, LayerEntry, open_shard, parse_layers, parse_tied, read_config, shard_of
+from rans_kernels.checkpoint import (
+    BUFFERS,
+    LayerEntry,
+    coded_names,
+    open_shard,
+    parse_layers,
+    parse_tied,
+    read_config,
+    shard_of,
+)
 from rans_kernels.format import FormatError
 
 from qat.errors import UserError
@@ -43,7 +52,7 @@ class Folder:
     @property
     def plain(self) -> dict[str, StoredTensor]:
         """Tensors that are not compressed."""
-        coded = {f"{name}.{buffer}" for name in self.layers for buffer in BUFFERS}
+        coded = coded_names(self.layers)
         return {name: tensor for name, tensor in self.tensors.items() if name not in coded}
 
 

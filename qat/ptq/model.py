@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from rans_kernels.coder import encode_tiles, entropy, weight_histogram
-from rans_kernels.coder.plan import choose_layout
+from rans_kernels.coder.plan import can_fold, choose_layout
 from rans_kernels.dense import dequantize
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -109,7 +109,7 @@ def stored_cost(layers: Iterable[Rounded], profile: str = "compact") -> Cost:
     for layer in layers:
         q = layer.q.cpu().numpy()
         counts = weight_histogram(q)
-        foldable = layer.scale.numel() == 1 and not layer.bias
+        foldable = can_fold(layer.scale.numel(), layer.bias)
         layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile, foldable)
         stored += encode_tiles(np.ascontiguousarray(q), layout).nbytes + layer.scale.nbytes
         information += entropy(counts) * q.size

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from rans_kernels.coder import encode_tiles, entropy, weight_histogram
-from rans_kernels.coder.plan import choose_layout
+from rans_kernels.coder.plan import can_fold, choose_layout
 from rans_kernels.format import UNIT_ROWS
 
 from qat.quant.fit import fit_integers, integer_counts
@@ -42,7 +42,7 @@ def _overhead_bits(module: QATModule, profile: str, panels: int, fit: bool) -> f
         q = fit_integers(q)
     counts = integer_counts(q).cpu().numpy()
     scales = module.scale().numel()
-    foldable = scales == 1 and getattr(module, "bias", None) is None
+    foldable = can_fold(scales, getattr(module, "bias", None) is not None)
     layout = choose_layout(counts, (q.shape[0], q.shape[1]), profile, foldable)
     rows = q.reshape(layout.coded_shape)
     sample = rows[_panel_rows(len(rows), panels)].cpu().numpy()

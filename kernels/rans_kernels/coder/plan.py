@@ -95,6 +95,16 @@ def choose_fold(shape: tuple[int, int]) -> int:
     return fold
 
 
+def can_fold(scales: int, bias: bool) -> bool:
+    """Whether a weight can be folded: rows of its coded matrix, each several of its own, have one scale and no bias.
+
+    Args:
+        scales: number of them.
+        bias: whether the layer has one.
+    """
+    return scales == 1 and not bias
+
+
 def choose_probability_bits(split: Split, shape: tuple[int, int]) -> int:
     """Precision of the frequencies: 12 where most of a weight is coded, for 0.07 bits a weight less than 10.
 
@@ -139,7 +149,7 @@ def choose_layout(
         counts: histogram of the weights from -128 to 127, [256].
         shape: (N, K) of the weight.
         profile: compact, fast or auto.
-        foldable: whether there is one scale for all weights and no bias: only so do kernels multiply folded ones.
+        foldable: whether the weight may be folded, see `can_fold`.
     """
     split = choose_split(counts, profile)
     fold = choose_fold(shape) if foldable and profile == "compact" else 1
