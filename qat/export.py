@@ -167,11 +167,16 @@ def checked_output(config: ExportConfig) -> Path:
         raise UserError(
             f"output={config.output} exists: choose another name or say overwrite=true (--overwrite of codecllm)"
         )
-    if not (output / "config.json").is_file():
-        raise UserError(f"output={config.output} is no model, and is not overwritten: choose another name")
-    if Path(config.source).expanduser().resolve().is_relative_to(output.resolve()):
-        raise UserError(f"output={config.output} holds the source, which would be lost: choose another name")
+    check_replaceable(output, Path(config.source).expanduser())
     return output
+
+
+def check_replaceable(output: Path, source: Path) -> None:
+    """Raise UserError for an existing folder that must not be replaced: no model, or one that holds the source."""
+    if not (output / "config.json").is_file():
+        raise UserError(f"output={output} is no model, and is not overwritten: choose another name")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"output={output} holds the source, which would be lost: choose another name")
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.cli import exit_code
 from qat.errors import UserError
-from qat.export import copy_companions, parse_dtype, parse_size, store_as
+from qat.export import check_replaceable, copy_companions, parse_dtype, parse_size, store_as
 
 
 def to_plain(
@@ -147,6 +147,8 @@ def _rewrite(
         raise UserError(f"{output} exists: choose another name or overwrite it")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the folder to read: choose another name")
+    if output.exists():
+        check_replaceable(output, source)
     config = read_config(source)
     coded = config.pop("quantization_config")
     floats = parse_dtype(dtype) or getattr(torch, config.get("dtype") or "float32")

@@ -135,6 +135,21 @@ def test_shards_are_bounded_and_hold_the_same(write, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("write", interop.FORMATS.values())
+def test_only_another_model_is_replaced(write, tiny_llama, tmp_path):
+    source = run(tiny_llama(), tmp_path / "models" / "compressed")
+    (tmp_path / "models" / "config.json").write_text("{}")
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    for output, message in ((other, "is no model"), (tmp_path / "models", "holds the source")):
+        with pytest.raises(UserError, match=message):
+            write(source, output, overwrite=True)
+    assert (other / "letter.txt").read_text() == "dear" and (source / "config.json").is_file()
+    old = write(source, tmp_path / "out")
+    assert write(source, old, overwrite=True) == old
+
+
+@pytest.mark.parametrize("write", interop.FORMATS.values())
 def test_mistakes_are_one_line_and_leave_nothing(write, tiny_llama, tmp_path):
     source = run(tiny_llama(), tmp_path / "compressed")
     output = tmp_path / "out"
