@@ -166,10 +166,12 @@ class QuantConfig:
 
 @dataclass
 class LossConfig:
-    """loss = kl * KL(teacher || student) + ce * cross-entropy, both means over tokens, in nats."""
+    """loss = kl * KL(teacher || student) + ce * cross-entropy, both means over tokens, in nats, + hidden * error."""
 
     kl: float = 1.0
     ce: float = 0.0
+    hidden: float = 0.0
+    """Weight of the mean relative squared error of hidden states, behind every layer (`qat.distill.hidden_error`)."""
     temperature: float = 1.0
     chunk_tokens: int = 2048
     """Tokens whose logits exist at once; full logits are never held."""
@@ -216,7 +218,7 @@ class RateConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and a decay to `min_lr_ratio`."""
 
     lr: float = 5e-4
     scale_lr: float = 1e-3
@@ -232,6 +234,8 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     warmup_steps: int = 50
+    decay_power: float | None = None
+    """The rate falls as (1 - progress)^decay_power; null is half a cosine."""
     min_lr_ratio: float = 0.0
     """Final rate over peak rate."""
     frozen_lr_ratio: float = 0.3

@@ -6,7 +6,7 @@ product with the head. All means are over tokens, in nats: `F.kl_div(..., reduct
 divide by B alone and be T times too large.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +95,24 @@ def distillation_loss(
         for chunk in _chunks(student_hidden, teacher_hidden, targets, chunk_tokens)
     ]
     return Distillation(*(torch.stack(sums).sum(dim=0) / targets.numel()))
+
+
+def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared distance of hidden states over the squared length of the teacher's, mean over layers and tokens.
+
+    Relative token by token, since some tokens have states many times longer than others (arXiv 2402.17762).
+
+    Args:
+        student: [..., D] of each layer, with gradient; the arithmetic is float32 or wider.
+        teacher: likewise, of the same shapes.
+    """
+    errors = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        dtype = torch.promote_types(ours.dtype, torch.float32)
+        theirs = theirs.to(dtype)
+        distance = (ours.to(dtype) - theirs).square().sum(dim=-1)
+        errors.append((distance / theirs.square().sum(dim=-1).clamp_min(torch.finfo(dtype).tiny)).mean())
+    return torch.stack(errors).mean()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -106,14 +106,36 @@ def check_output_logits(model: PreTrainedModel, tokens: int = 8) -> None:
         )
 
 
-def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Compile the decoder layers of a model in place; what the compiler makes of one serves all that are alike.
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that transformers knows as such, in order; the whole model in front of the head if there are none."""
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return layers or [model.base_model]
 
-    A model without layers that transformers knows as such is compiled as a whole.
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile the decoder layers of a model in place; what the compiler makes of one serves all that are alike."""
+    for module in decoder_layers(model):
+        # not module.compile(), which would trace hooks too
+        module.forward = torch.compile(module.forward, backend=backend)
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, layers: bool = False) -> list[Tensor]:
+    """Last hidden states [B, T, D] for token ids [B, T], behind those of every decoder layer but the last if asked.
+
+    By hooks of our own: those of transformers' `output_hidden_states` lie inside of what is compiled, too.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in layers if layers else (model.base_model,):
-        module.compile(backend=backend)
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [module.register_forward_hook(keep) for module in decoder_layers(model)[:-1]] if layers else []
+    try:
+        last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*found, last]
 
 
 def _source(path: str | Path) -> str:

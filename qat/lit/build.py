@@ -86,7 +86,13 @@ def check_config(config: TrainConfig) -> None:
     loss, trainer, quant = config.loss, config.trainer, config.quant
     checks = {
         "loss.kl and loss.ce must not be negative, nor both 0": min(loss.kl, loss.ce) >= 0 < max(loss.kl, loss.ce),
+        f"loss.hidden={loss.hidden}: must not be negative, and needs a teacher, loss.kl": (
+            loss.hidden == 0 or (loss.hidden > 0 and loss.kl > 0)
+        ),
         f"optim.anchor={config.optim.anchor}: must not be negative": config.optim.anchor >= 0,
+        f"optim.decay_power={config.optim.decay_power}: must be positive, or null for half a cosine": (
+            config.optim.decay_power is None or config.optim.decay_power > 0
+        ),
         f"data.noise={config.data.noise}: must be from 0 to 0.5": 0 <= config.data.noise <= 0.5,
         "data.noise: needs a teacher to draw tokens from, loss.kl": not config.data.noise or loss.kl > 0,
         f"loss.temperature={loss.temperature}: must be positive": loss.temperature > 0,

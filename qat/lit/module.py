@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_utils import PreTrainedModel
 
 from qat.config import OptimConfig, RatePrice, TrainConfig, from_plain
-from qat.distill import Losses, distillation_loss, token_losses, token_sums
+from qat.distill import Losses, distillation_loss, hidden_error, token_losses, token_sums
 from qat.errors import UserError
-from qat.model import check_output_logits, compile_layers, load_model, output_logits
+from qat.model import check_output_logits, compile_layers, hidden_states, load_model, output_logits
 from qat.noise import replace_tokens
 from qat.quant import prepare, set_fake_quant
 from qat.quant.control import freeze_step
@@ -67,6 +67,7 @@ class QATModule(pl.LightningModule):
         self.teacher: list[PreTrainedModel] = []
         """None or one; in a list, lest it becomes a submodule."""
         self._losses: Losses = token_losses
+        self._hidden_error = hidden_error
         self._train_sums = torch.zeros(4)
         self._valid_sums = torch.zeros(4, dtype=torch.float64)
 
@@ -124,6 +125,7 @@ class QATModule(pl.LightningModule):
             for model in (self.model, *self.teacher):
                 compile_layers(model)
             self._losses = torch.compile(token_losses)
+            self._hidden_error = torch.compile(hidden_error)
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for trainer.validate; fake quantisation as at this step."""
@@ -143,10 +145,10 @@ class QATModule(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of a micro-batch; its sums go to `take_train_sums`."""
         loss = self.config.loss
-        hidden, teacher_hidden, targets = self._hidden(self._with_noise(batch))
+        student, teacher, targets = self._hidden(self._with_noise(batch), layers=loss.hidden > 0)
         result = distillation_loss(
-            hidden,
-            teacher_hidden,
+            student[-1],
+            teacher[-1] if teacher else None,
             self._student_head,
             self._teacher_head if self.teacher else None,
             targets,
@@ -156,6 +158,8 @@ class QATModule(pl.LightningModule):
             chunk_tokens=loss.chunk_tokens,
             losses=self._losses,
         )
+        if loss.hidden:
+            result = result._replace(loss=result.loss + loss.hidden * self._hidden_error(student, teacher))
         means = torch.stack([*result, torch.ones_like(result.loss)]).detach()
         self._train_sums = self._train_sums.to(means.device) + means * targets.numel()
         self.last_kl = result.kl.detach()
@@ -173,10 +177,7 @@ class QATModule(pl.LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the sums over all validation tokens; not compiled, for which once more would be needed."""
         with torch.compiler.set_stance("force_eager"):
-            hidden, teacher_hidden, targets = self._hidden(batch)
-        teacher_head = self._teacher_head if self.teacher else None
-        chunk_tokens = self.config.loss.chunk_tokens
-        self._valid_sums += token_sums(hidden, teacher_hidden, self._student_head, teacher_head, targets, chunk_tokens)
+            self._valid_sums += self._token_sums(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Means over the tokens of all ranks: val/ce, val/ppl and, with a teacher, val/kl, val/top1.
@@ -198,8 +199,7 @@ class QATModule(pl.LightningModule):
         sums = torch.zeros(4, dtype=torch.float64)
         with self.trainer.precision_plugin.train_step_context(), torch.no_grad():
             for batch in batches:
-                hidden, teacher_hidden, targets = self._hidden(batch)
-                sums += token_sums(hidden, teacher_hidden, self._student_head, self._teacher_head, targets)
+                sums += self._token_sums(batch)
         return float(sums[0] / sums[3])
 
     def take_train_sums(self) -> list[float]:
@@ -224,7 +224,7 @@ class QATModule(pl.LightningModule):
                 logger.log_metrics(metrics, step=self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over groups with rates of their own; linear warm-up and cosine, and the same again once frozen."""
+        """AdamW over groups with rates of their own; linear warm-up and decay, and the same again once frozen."""
         config = self.config.optim
         optimizer = AdamW(
             parameter_groups(self.model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
@@ -247,19 +247,23 @@ class QATModule(pl.LightningModule):
         if not share:
             return batch
         with torch.no_grad():
-            hidden = self.teacher[0].base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ids = replace_tokens(ids, hidden, self._teacher_head, share, self.config.loss.chunk_tokens)
+            hidden = hidden_states(self.teacher[0], ids)
+        ids = replace_tokens(ids, hidden[-1], self._teacher_head, share, self.config.loss.chunk_tokens)
         return torch.cat([ids, batch[:, -1:]], dim=1)
 
-    def _hidden(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Last hidden states of student and teacher [B, T, D], and targets [B, T]."""
+    def _hidden(self, batch: Tensor, layers: bool = False) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Hidden states [B, T, D] of student and teacher, last or behind every `layers`, and targets [B, T]."""
         ids, targets = batch[:, :-1], batch[:, 1:]
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        teacher_hidden = None
-        for teacher in self.teacher:
+        student, teacher = hidden_states(self.model, ids, layers), []
+        for model in self.teacher:
             with torch.no_grad():
-                teacher_hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden, teacher_hidden, targets
+                teacher = hidden_states(model, ids, layers)
+        return student, teacher, targets
+
+    def _token_sums(self, batch: Tensor) -> Tensor:
+        student, teacher, targets = self._hidden(batch)
+        heads = self._student_head, self._teacher_head if teacher else None
+        return token_sums(student[-1], teacher[-1] if teacher else None, *heads, targets, self.config.loss.chunk_tokens)
 
     def _student_head(self, hidden: Tensor) -> Tensor:
         return output_logits(self.model, hidden)
@@ -274,14 +278,16 @@ class QATModule(pl.LightningModule):
 
 
 def lr_factor(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Share of the peak rate for the optimiser step `step`: a ramp to 1, then half a cosine to `min_lr_ratio`.
+    """Share of the peak rate for the optimiser step `step`: a ramp to 1, then a decay to `min_lr_ratio`.
 
     The last step, max_steps - 1, still has a rate above the final one.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     progress = min((step - config.warmup_steps) / max(max_steps - config.warmup_steps, 1), 1.0)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    power = config.decay_power
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if power is None else (1 - progress) ** power
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Steered:
             term.fit()
         entropy, coded = term.refresh()
         stored = coded + self.overhead
-        self.controller.update(step, stored, kl)
+        self.controller.update(step, stored, kl, lr_share)
         metrics = {"entropy": entropy, "stored": stored}
         if term.config.price is not RatePrice.none:
             metrics["weight"] = self.controller.weight

@@ -7,10 +7,12 @@ high rate D = c 2^(-2R), so that log w = log(2 ln2 D) at the optimum is linear i
 
     log w = a + proportional * e,   da/dstep = integral * e,   e = R - target
 
-With rate.hold=steps the controller is none: the price stays at 2 ln2 D, what it would have to be at the optimum, and
+With rate.hold=steps the price is no controller: it stays at 2 ln2 D, what it would have to be at the optimum, and
 all steps move together by half the error, and the less the lower the learning rate. An octave is a bit of weights that
 lie anywhere between two thresholds, but training gathers them there, the closer the lower its rate: bits then answer
-two to five times as strongly (bookllama-16m, 3 bits), and whole errors would swing for ever.
+two to five times as strongly (bookllama-16m, 3 bits), and whole errors would swing for ever. By itself training moves
+bits on, by about so much times the learning rate; a sum over the errors since the ramp (`drift`) comes to cancel that,
+or bits would stay beside the target and be landed on it at the freeze, which does harm.
 
 If bits fall by g a step and unit of log w too high, nothing swings as long as 4 integral < g (proportional + 1.39)^2.
 """
@@ -22,6 +24,8 @@ from qat.config import Hold, RateConfig
 
 GAIN = 0.5
 """Octaves that steps move for an error of a bit, at the peak of the learning rate."""
+DRIFT_GAIN = 0.06
+"""Of the sum over errors: as large as bits that answer to an octave with one bit settle under without a swing."""
 LOWEST, HIGHEST = 1e-5, 1.0
 """Limits of the weight, in nats a bit; the integral stops there too, so that it comes back at once."""
 
@@ -37,6 +41,7 @@ class BitsController:
         bits: smoothed measurement; None before the first.
         start: the first measurement, where the ramp begins.
         error: bits above the target at the last measurement.
+        drift: octaves that steps have to grow between measurements for bits to stay, at the peak of the learning rate.
     """
 
     config: RateConfig
@@ -45,6 +50,7 @@ class BitsController:
     bits: float | None = None
     start: float | None = None
     error: float = 0.0
+    drift: float = 0.0
 
     @classmethod
     def fresh(cls, config: RateConfig, steps: int) -> "BitsController":
@@ -61,7 +67,7 @@ class BitsController:
 
     def octaves(self, share: float) -> float:
         """By which all steps shall grow; share: of the peak that the learning rate is at."""
-        return GAIN * share * self.error if self.config.hold is Hold.steps else 0.0
+        return share * (GAIN * self.error + self.drift) if self.config.hold is Hold.steps else 0.0
 
     def near(self, tolerance: float) -> bool:
         """Whether smoothed bits are within so many bits of `target_bits`; without a target, always."""
@@ -74,8 +80,15 @@ class BitsController:
         done = min(1.0, step / max(1, ramp_end(self.config, self.steps)))
         return self.start + (self.config.target_bits - self.start) * done
 
-    def update(self, step: int, measured: float, kl: float | None = None) -> None:
-        """Take measurements of stored bits, and of KL in nats, into account, made after optimiser step `step`."""
+    def update(self, step: int, measured: float, kl: float | None = None, share: float = 1.0) -> None:
+        """Take measurements after an optimiser step into account.
+
+        Args:
+            step: its number.
+            measured: stored bits.
+            kl: in nats; None if unknown.
+            share: of the peak, that the learning rate is at.
+        """
         past, held_by_steps = self.config.ema, self.config.hold is Hold.steps
         if self.config.weight is None and kl is not None and (self.bits is None or held_by_steps):
             self.log_weight = _clamp(math.log(max(2 * math.log(2) * kl, LOWEST)))
@@ -85,17 +98,19 @@ class BitsController:
             return
         # a step that moves answers at once: to look back would make it swing
         self.error = (measured if held_by_steps else self.bits) - self.target(step)
+        if held_by_steps and step > ramp_end(self.config, self.steps):
+            self.drift += DRIFT_GAIN * share * self.error
         if not held_by_steps:
             self.log_weight = _clamp(self.log_weight + self.config.integral * self.config.every * self.error)
 
     def state_dict(self) -> dict[str, float | None]:
         """Plain numbers."""
-        return {"log_weight": self.log_weight, "bits": self.bits, "start": self.start, "error": self.error}
+        return {name: getattr(self, name) for name in ("log_weight", "bits", "start", "error", "drift")}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """As saved."""
-        assert state["log_weight"] is not None and state["error"] is not None
-        self.log_weight, self.error = state["log_weight"], state["error"]
+        assert state["log_weight"] is not None and state["error"] is not None and state["drift"] is not None
+        self.log_weight, self.error, self.drift = state["log_weight"], state["error"], state["drift"]
         self.bits, self.start = state["bits"], state["start"]
 
 

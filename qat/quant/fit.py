@@ -27,12 +27,17 @@ RANGES = [Split(1, raw_bits) for raw_bits in range(1, 8)]
 
 def integer_counts(q: Tensor) -> Tensor:
     """How often every integer from -128 to 127 occurs in q, int8 of any shape: int64 [256] on its device."""
+    return stacked_counts(q.reshape(1, -1, q.shape[-1] if q.ndim > 1 else 1))[0]
+
+
+def stacked_counts(q: Tensor) -> Tensor:
+    """`integer_counts` of each of several matrices, int8 [T, N, K]: int64 [T, 256]."""
     # not bincount, which makes the host wait for the GPU. A count a column: few integers occur often, and a GPU adds to
     # one place at a time
-    places = q.reshape(-1, q.shape[-1] if q.ndim > 1 else 1).long() + 128
+    places = q.long() + 128
     one = torch.ones((), dtype=torch.int32, device=q.device)
-    counts = torch.zeros(256, places.shape[1], dtype=torch.int32, device=q.device)
-    return counts.scatter_add_(0, places, one.expand_as(places)).sum(1)
+    counts = torch.zeros(len(q), 256, q.shape[2], dtype=torch.int32, device=q.device)
+    return counts.scatter_add_(1, places, one.expand_as(places)).sum(2)
 
 
 def fitted_split(counts: NDArray[np.int64]) -> Split:

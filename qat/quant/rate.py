@@ -13,6 +13,7 @@ the clip a weight is charged what the clip costs, and gets no gradient.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,15 +29,18 @@ from qat.errors import UserError
 from qat.quant.control import rate_groups
 from qat.quant.convert import end_modules, quantize_weight, quantized_modules
 from qat.quant.fake_quant import quantize
-from qat.quant.fit import fit_integers, fit_weight, integer_counts
+from qat.quant.fit import fit_integers, fit_weight, integer_counts, stacked_counts
 from qat.quant.modules import QATModule
 from qat.quant.scales import grid, weight_scale
 from qat.quant.shards import held, summed, whole
 
-SAMPLE = 1 << 20
-"""Weights of a tensor that a histogram is taken of, at least, by evenly spread rows: its entropy is uncertain by 0.002
-bits, and the large matrices of a large model cost a step no more than that. Not for a profile whose code has ranges,
-which a few weights that a sample misses decide."""
+SAMPLE = 1 << 18
+"""Weights of a tensor that a histogram is taken of, at least, by evenly spread rows: its entropy is uncertain by 0.003
+bits, that of a model by much less, and the large matrices of a large model cost a step no more than that. Not for a
+profile whose code has ranges, which a few weights that a sample misses decide."""
+STACK = 1 << 24
+"""Weights of tensors alike that histograms are taken of together. A large model has hundreds, and one by one the host
+takes longer to ask than the GPU to count."""
 DEAREST = 12.0
 """Bits of an integer that has one slot of the largest table, 2^12."""
 
@@ -85,9 +89,19 @@ def integer_shares(q: Tensor) -> Tensor:
     return integer_counts(q).double() / q.numel()
 
 
-def weight_shares(weight: Tensor, scale: Tensor, qmax: int, group_size: int | None = None) -> Tensor:
-    """`integer_shares` of a weight [N, K] that is rounded; arguments as for `qat.quant.fake_quant.quantize`."""
-    return integer_shares(quantize(weight, scale, qmax, group_size))
+def weight_shares(weights: Tensor, scales: Tensor, qmax: int, group_size: int | None = None) -> Tensor:
+    """`integer_shares` of several weights that are rounded: float64 [T, 256].
+
+    Args:
+        weights: [T, N, K].
+        scales: [T, 1, 1], [T, N, 1] or [T, N, G].
+        qmax: largest integer.
+        group_size: columns that share a scale, or None.
+    """
+    tensors, n, k = weights.shape
+    scale = scales.expand(tensors, n, -1).reshape(tensors * n, -1)
+    q = quantize(weights.reshape(-1, k), scale, qmax, group_size)
+    return stacked_counts(q.reshape(weights.shape)).double() / (n * k)
 
 
 def sampled_rows(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +116,7 @@ def share_entropy(shares: Tensor) -> Tensor:
 
 
 def table_prices(shares: Tensor) -> Tensor:
-    """Bits of every integer from -128 to 127, float32 [256], from their shares [256]."""
+    """Bits of every integer from -128 to 127, float32 [..., 256], from their shares [..., 256]."""
     return -shares.clamp_min(2.0**-DEAREST).log2().float()
 
 
@@ -130,11 +144,15 @@ def table_bits(weight: Tensor, scale: Tensor, prices: Tensor, qmax: int, group_s
     return (prices.take(place) + table_slopes(prices, qmax).take(place) * (steps - place)).sum()
 
 
-def table_slopes(prices: Tensor, qmax: int) -> Tensor:
-    """What every integer from -128 to 127 costs less than the next, [256] as `prices`; from qmax on 0."""
+def table_slopes(prices: Tensor, qmax: int | Tensor) -> Tensor:
+    """What every integer from -128 to 127 costs less than the next; from the largest integer on 0.
+
+    Args:
+        prices: of the integers, [..., 256].
+        qmax: the largest integer, [..., 1] where tensors differ.
+    """
     slopes = F.pad(prices.diff(), (0, 1))
-    slopes[128 + qmax :] = 0
-    return slopes
+    return slopes.masked_fill(torch.arange(-128, 128, device=prices.device) >= qmax, 0)
 
 
 def prior_bits(
@@ -194,7 +212,7 @@ class RateTerm:
         Args:
             modules: fake-quantising layers by name; in use they must be on one device.
             config: which price, how long histograms remember, and the target of these layers.
-            compile: fuse the price of a tensor into one pass, and its histogram into another (torch.compile).
+            compile: fuse the price of a tensor into one pass, and histograms of tensors alike into another.
         """
         self.modules = distinct_weights(modules)
         self.weights = sum(module.weight.numel() for module in self.modules.values())
@@ -251,12 +269,7 @@ class RateTerm:
         if self.config.fit:
             found = {name: integer_shares(q) for name, q in self.integers().items()}
         else:
-            found = {}
-            for name, module in self.modules.items():
-                rows = whole(module.weight), module.scale()
-                if self.config.profile is Profile.compact:
-                    rows = sampled_rows(*rows)
-                found[name] = self._shares(*rows, *grid(module.quant_config))
+            found = self._rounded_shares()
         now = torch.stack(list(found.values()))
         past = torch.stack([self.shares.get(name, shares).to(shares.device) for name, shares in found.items()])
         self.shares.update(zip(found, now.lerp(past, self.config.ema), strict=True))
@@ -268,18 +281,27 @@ class RateTerm:
     def pull(self, weight: float) -> None:
         """Have every backward of the layers add the gradient of weight * bits(), until told otherwise; 0 for none.
 
-        For the price by table alone. Cheap if neither weight nor histograms have changed.
+        For the price by table alone. Cheap if neither weight nor histograms have changed, and a few launches if so: of
+        a large model's many small tables the host would else make a step of its own.
         """
         if weight == self._pulling:
             return
         self._pulling = weight
-        for name, module in self.modules.items():
-            qmax, _ = grid(module.quant_config)
-            slopes = table_slopes(self._prices(name), qmax) * (weight / self.weights) if weight else None
-            if slopes is None or module.price_slopes is None:
-                module.price_slopes = slopes
-            else:
-                module.price_slopes.copy_(slopes)
+        modules = list(self.modules.values())
+        if not weight:
+            for module in modules:
+                module.price_slopes = None
+            return
+        shares = torch.stack([self.shares[name].to(m.weight.device) for name, m in self.modules.items()])
+        largest = torch.tensor([[grid(module.quant_config)[0]] for module in modules], device=shares.device)
+        slopes = (table_slopes(table_prices(shares), largest) * (weight / self.weights)).unbind()
+        kept = [module.price_slopes for module in modules if module.price_slopes is not None]
+        if len(kept) == len(modules):
+            # in place: a compiled layer knows the tensor
+            torch._foreach_copy_(kept, slopes)
+        else:
+            for module, own in zip(modules, slopes, strict=True):
+                module.price_slopes = own
 
     def bits(self) -> Tensor:
         """Mean price in bits a weight, a scalar with gradient; the backward keeps nothing but weights and scales.
@@ -296,6 +318,29 @@ class RateTerm:
             bits = checkpoint(self._bits, weight, scale, self._prices(name), qmax, group_size, use_reentrant=False)
             total.append(summed(bits, module.weight))
         return torch.stack(total).sum() / self.weights
+
+    def _rounded_shares(self) -> dict[str, Tensor]:
+        """`integer_shares` of the weights as they are, float64 [256] by layer; tensors that are alike go together."""
+        stacks: dict[Any, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
+        found: dict[str, Tensor] = {}
+
+        def count(alike: Any) -> None:
+            names, weights, scales = zip(*stacks.pop(alike), strict=True)
+            shares = self._shares(torch.stack(weights), torch.stack(scales), *alike[-1])
+            found.update(zip(names, shares, strict=True))
+
+        for name, module in self.modules.items():
+            weight, scale = full, _ = whole(module.weight), module.scale()
+            if self.config.profile is Profile.compact:
+                weight, scale = sampled_rows(weight, scale)
+            alike = weight.shape, scale.shape, grid(module.quant_config)
+            # rows of what was gathered are copied, or all of it would wait here
+            stacks[alike].append((name, weight if full is module.weight else weight.clone(), scale))
+            if (len(stacks[alike]) + 1) * weight.numel() > STACK:
+                count(alike)
+        for alike in list(stacks):
+            count(alike)
+        return {name: found[name] for name in self.modules}
 
     def _prices(self, name: str) -> Tensor:
         """What the price of a tensor rests on: a table [256], or the spread of a distribution."""

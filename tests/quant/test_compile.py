@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qat.config import Granularity, QuantConfig, ScaleRule
-from qat.model import compile_layers
+from qat.model import compile_layers, hidden_states
 from qat.quant import convert, freeze, prepare, set_fake_quant
 
 
@@ -103,6 +103,9 @@ def test_decoder_layers_are_compiled_once_for_all(granularity):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch.equal(got, expected)
     assert all(map(torch.equal, gradients, wanted))
+    # hooks are none of the compiler's business
+    assert len(hidden_states(model, ids, layers=True)) == 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def train(rank: int, world: int, x: torch.Tensor, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qat.config import Granularity, Profile, QuantConfig, RateConfig, RatePrice, ScaleRule
 from qat.errors import UserError
-from qat.quant import clipped_fraction, entropy, prepare, weight_statistics
+from qat.quant import clipped_fraction, entropy, prepare, quantized_modules, weight_statistics
 from qat.quant.rate import (
     RateTerm,
     integer_shares,
@@ -201,6 +201,29 @@ def test_histograms_of_large_tensors_are_of_rows_from_all_over(monkeypatch: pyte
         before = term.refresh().coded
         layer.weight.data[row, 0] = 2.3 * layer.weight.data.abs().max()
         assert term.refresh().coded > before + 0.5
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("stack", [1, 5000, 1 << 24])
+def test_histograms_are_each_tensors_own_however_many_are_taken_together(
+    monkeypatch: pytest.MonkeyPatch, granularity: Granularity, stack: int
+):
+    torch.manual_seed(0)
+    monkeypatch.setattr("qat.quant.rate.STACK", stack)
+    # alike but for the spread, and some of other shapes between them
+    layers = [nn.Linear(k, n, bias=False) for n, k in [(63, 40), (1, 40), (63, 40), (40, 63), (63, 40)]]
+    for spread, layer in enumerate(layers, 1):
+        nn.init.normal_(layer.weight, std=spread)
+    config = QuantConfig(scale=ScaleRule.learned, init=ScaleRule.std, k=0.5, granularity=granularity, group_size=32)
+    model = prepare(nn.Sequential(*layers), config)
+    for spread, layer in enumerate(model, 1):
+        # other steps in standard deviations, so that every histogram differs
+        layer.weight_log2_scale.data += spread / 4
+    term = RateTerm(quantized_modules(model), RateConfig(price=RatePrice.table))
+    term.refresh()
+    assert list(term.shares) == list(term.modules)
+    for name, layer in term.modules.items():
+        assert torch.equal(term.shares[name], integer_shares(layer.integers()))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.distill import distillation_loss, token_losses, token_sums
+from qat.distill import distillation_loss, hidden_error, token_losses, token_sums
 
 VOCABULARY = 13
 
@@ -136,6 +136,24 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     # the definition in float64 on the same bfloat16 logits
     kl, ce = naive(models, 1.0)
     torch.testing.assert_close((result.kl.double(), result.ce.double()), (kl, ce), rtol=1e-5, atol=0)
+
+
+def test_the_error_of_hidden_states_is_relative_to_each_token_of_each_layer() -> None:
+    torch.manual_seed(0)
+    teacher = [torch.randn(2, 7, 5, dtype=torch.float64) for _ in range(3)]
+    shares = torch.tensor([0.1, 0.2, 0.3])
+    # of the length of every token's own state, in any direction
+    student = [
+        t + share * t.norm(dim=-1, keepdim=True) * torch.eye(5)[0] for t, share in zip(teacher, shares, strict=True)
+    ]
+    assert hidden_error(student, teacher).item() == pytest.approx(shares.square().mean().item(), rel=1e-6)
+    # one token a thousand times as long does not drown the others
+    loud = [t * torch.tensor([1000.0, 1, 1, 1, 1, 1, 1]).unsqueeze(-1) for t in teacher]
+    far = [t + share * t.norm(dim=-1, keepdim=True) * torch.eye(5)[0] for t, share in zip(loud, shares, strict=True)]
+    assert hidden_error(far, loud).item() == pytest.approx(shares.square().mean().item(), rel=1e-6)
+    assert hidden_error(teacher, teacher) == 0
+    with pytest.raises(ValueError):
+        hidden_error(student[:2], teacher)
 
 
 def test_equal_models_have_no_divergence() -> None:

@@ -17,7 +17,14 @@ from transformers import (
 )
 
 from qat.errors import UserError
-from qat.model import check_output_logits, load_model, load_tokenizer, load_weights, output_logits
+from qat.model import (
+    check_output_logits,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    output_logits,
+)
 
 
 @pytest.fixture
@@ -116,6 +123,17 @@ def test_a_model_from_config_and_weights_computes_the_same(tiny: Path, tmp_path:
     again = load_weights(tmp_path, model.state_dict())
     ids = torch.randint(300, (2, 9))
     assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_hidden_states_are_those_that_transformers_collects(tiny: Path) -> None:
+    model = load_model(tiny / "model")
+    ids = torch.randint(300, (2, 9))
+    expected = model(ids, output_hidden_states=True).hidden_states[1:]
+    for _ in range(2):
+        # no hook stays behind
+        found = hidden_states(model, ids, layers=True)
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    assert torch.equal(hidden_states(model, ids)[0], expected[-1])
 
 
 SMALL = {

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from qat.config import LossConfig, OptimConfig, QuantConfig, TrainConfig, to_plain
+from qat.distill import hidden_error
 from qat.errors import UserError
 from qat.lit.build import build_trainer, check_config
 from qat.lit.data import TextDataModule
 from qat.lit.module import QATModule, lr_factor, parameter_groups
-from qat.model import load_model, load_tokenizer
-from qat.quant import quantized_modules
+from qat.model import hidden_states, load_model, load_tokenizer
+from qat.quant import quantized_modules, set_fake_quant
 
 MakeConfig = Callable[[], TrainConfig]
 
@@ -124,8 +125,9 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(make_config: Ma
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7, 40])
-def test_the_rate_climbs_to_its_peak_and_falls_to_its_end(warmup: int) -> None:
-    config = OptimConfig(warmup_steps=warmup, min_lr_ratio=0.1)
+@pytest.mark.parametrize("power", [None, 0.5, 2.0])
+def test_the_rate_climbs_to_its_peak_and_falls_to_its_end(warmup: int, power: float | None) -> None:
+    config = OptimConfig(warmup_steps=warmup, decay_power=power, min_lr_ratio=0.1)
     factors = [lr_factor(step, 30, config) for step in range(31)]
     climb, fall = factors[: warmup + 1], factors[warmup:]
     assert climb == sorted(climb)
@@ -135,6 +137,22 @@ def test_the_rate_climbs_to_its_peak_and_falls_to_its_end(warmup: int) -> None:
         assert max(factors) == factors[warmup] == 1
         assert factors[30] == pytest.approx(0.1)
         assert factors[29] > factors[30]
+
+
+def test_hidden_states_are_learned_from_the_teacher_where_they_have_a_weight(make_config: MakeConfig) -> None:
+    config = make_config()
+    # logits alone do not say what is behind the first layer
+    config.loss.hidden, config.quant.start_step = 2.0, 0
+    with_it, without = QATModule(to_plain(config)), QATModule(to_plain(make_config()))
+    batch = torch.randint(300, (2, 12))
+    losses = []
+    for module in (with_it, without):
+        module.teacher = [load_model(config.model.path).requires_grad_(False)]
+        set_fake_quant(module.model, True)
+        losses.append(module.training_step(batch, 0))
+    states = [hidden_states(model, batch[:, :-1], layers=True) for model in (with_it.model, with_it.teacher[0])]
+    assert losses[0].item() - losses[1].item() == pytest.approx(2 * hidden_error(*states).item(), rel=1e-4)
+    assert losses[0].item() > losses[1].item() > 0
 
 
 def test_rates_are_down_at_the_freeze_and_rise_once_more(make_config: MakeConfig) -> None:
@@ -152,6 +170,8 @@ def test_rates_are_down_at_the_freeze_and_rise_once_more(make_config: MakeConfig
     [
         ("loss", "kl", 0.0),
         ("loss", "ce", -1.0),
+        ("loss", "hidden", -1.0),
+        ("optim", "decay_power", 0.0),
         ("data", "noise", 0.6),
         ("loss", "temperature", 0.0),
         ("loss", "chunk_tokens", 0),
