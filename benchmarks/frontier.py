@@ -333,7 +333,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration-windows", type=int, default=32, help="from all over the calibration text")
     parser.add_argument("--train", nargs="+", help="texts for methods that train")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="that a method may train on")
-    parser.add_argument("--batch", type=int, default=64, help="windows of an optimiser step")
+    parser.add_argument("--batch", type=int, default=16, help="windows of an optimiser step")
     parser.add_argument("--micro-batch", type=int, default=64, help="windows at once, at most; a divisor of the batch")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of train.py, for all that train")
     parser.add_argument("--consistency", type=int, default=0, metavar="PROMPTS",

@@ -68,7 +68,7 @@ def test_a_method_can_be_added_and_rows_of_others_stay(run, monkeypatch):
 
 def test_every_recipe_trains_to_the_target_and_a_broken_one_loses_no_others(run, monkeypatch, tmp_path):
     monkeypatch.setitem(RECIPES, "rate-dual", ["experiment=nope"])
-    words = ["--methods", *RECIPES, "--bits", "8", f"--train={tmp_path / 'c.txt'}", "--tokens=12000",
+    words = ["--methods", *RECIPES, "--bits", "8", f"--train={tmp_path / 'c.txt'}", "--tokens=12000", "--batch=64",
              "--micro-batch=32", "--label=-x",
              "--set", "optim.warmup_steps=1", "rate.every=1", "optim.lr=1e-4"]  # fmt: skip
     with pytest.raises(UserError, match="rate-dual at 8"):
@@ -96,7 +96,7 @@ def test_the_whole_model_meets_the_target_with_the_ends_half_a_bit_above(tiny_ll
     assert own * ends + target * (total - ends) == pytest.approx(3.0 * total)
 
 
-CONSISTENCY = ["--bits", "8", "--tokens=12000", "--micro-batch=32", "--consistency=3", "--set",
+CONSISTENCY = ["--bits", "8", "--tokens=12000", "--batch=64", "--micro-batch=32", "--consistency=3", "--set",
                "optim.warmup_steps=1", "rate.every=1", "optim.lr=1e-4"]  # fmt: skip
 TRAIN = ["--methods", "rate", *CONSISTENCY]
 
