@@ -14,7 +14,7 @@ from importlib import import_module
 from qat.cli import CONFIG_DIR, entry_point
 from qat.errors import UserError
 
-PROGRAMS = {"consistency": ("eval.consistency", "consistency"), "lm-eval": ("eval.harness", "harness")}
+PROGRAMS = {"consistency": ("eval.consistency", "check"), "lm-eval": ("eval.harness", "check")}
 """Module and function of each."""
 
 
