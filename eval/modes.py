@@ -7,13 +7,13 @@ the compressed model's own eager run: measured, and where only the weights' plac
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import rans_kernels
 import torch
-from rans_kernels.linear import CompressedLinear, CompressedWeight, TiedLinear
+from rans_kernels.linear import CompressedLinear, TiedLinear
 from rans_kernels.ops.coded import backend_of
 from rans_kernels.ops.fold import multiplies_folded
 from rans_kernels.ops.rans_linear.op import uses_fused_kernel
@@ -33,6 +33,8 @@ BATCHES = (1, 2, 8, 16, 32)
 LAYER_ROWS = 64
 """Rows of x whose products are compared layer by layer: warp-level kernels give so many the same bits in any batch."""
 COMPILER = "inductor"
+STREAMED = (0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+"""Budgets as shares of all the weights' bytes; the first that can be kept is taken."""
 CHECKS = ("weights", "layers")
 """Modes that generate nothing: levels 1, and 2 and 3, of the numerics contract."""
 
@@ -336,10 +338,14 @@ def _no_streaming(model: PreTrainedModel) -> str | None:
 
 
 def _load_streamed(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    coded = sum(module.stored_bytes for module in model.modules() if isinstance(module, CompressedWeight))
     load: Any = rans_kernels.load
-    # half of it stays
-    return load(folder, model.device, model.dtype, budget=coded / 2 / 1e9)
+    total = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+    *shares, last = STREAMED
+    for share in shares:
+        # what has to stay, and staging, can be most of a small model
+        with suppress(ValueError):
+            return load(folder, model.device, model.dtype, budget=share * total / 1e9)
+    return load(folder, model.device, model.dtype, budget=last * total / 1e9)
 
 
 MODES: dict[str, Mode] = {

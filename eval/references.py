@@ -137,7 +137,7 @@ def in_tile_order(reference: nn.Module, compressed: nn.Module) -> nn.Module:
         source = weight_of(module)
         if isinstance(own, Int8Linear):
             own.units, own.fold = source.layout.units, source.layout.fold
-        elif source.layout.is_float and torch.equal(own.weight.to(source.decoded.dtype), source.decoded):
+        elif source.layout.is_float and _same_floats(own, source):
             reference.set_submodule(name, module)
     return reference
 
@@ -173,7 +173,7 @@ def same_weights(reference: nn.Module, compressed: nn.Module) -> dict[str, Any]:
         if own is module:
             same = True
         elif module.layout.is_float:
-            same = torch.equal(own.weight.to(module.decoded.dtype), module.decoded)
+            same = _same_floats(own, module)
         else:
             integers, scale = _integers(own)
             same = torch.equal(integers, module.weight_int8) and torch.equal(scale, module.weight_scale)
@@ -181,6 +181,12 @@ def same_weights(reference: nn.Module, compressed: nn.Module) -> dict[str, Any]:
         found["weights"] += module.decoded.numel()
         found["unequal"] += [] if same else [name]
     return found
+
+
+def _same_floats(module: nn.Module, coded: CompressedWeight) -> bool:
+    # in the dtype that both compute in
+    weight: Any = module.weight
+    return torch.equal(weight, coded.decoded.to(weight.dtype))
 
 
 def _integers(module: nn.Module) -> tuple[Tensor, Tensor]:
