@@ -21,7 +21,8 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.modes import ModeSuite, choose_modes
+from eval.mode_suite import ModeSuite
+from eval.modes import choose_modes
 from eval.page import write_page
 from eval.references import reference_loaders, round_once
 from eval.tables import PROMISED, TITLES, Table, mode_table, percentile_table, survival_figure
@@ -64,7 +65,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
             named model. generation["examples"] are {"prompt", "reference", "other", "position"}: texts, of both models
             token by token, and where they part.
         floor: as a pair, the base against itself in other batches.
-        modes: what eval.modes.ModeSuite found, by mode.
+        modes: what eval.mode_suite.ModeSuite found, by mode.
         device, dtype: where and in what the models ran.
         settings: the config, as plain data. text_tokens: tokens in the text.
         seconds: by stage.

@@ -44,10 +44,9 @@ def _mode(name: str, entry: dict[str, Any]) -> list[Any]:
     if "weights" in entry:
         row[2:4] = entry["weights"]["weights"], len(entry["weights"]["unequal"])
     elif "layers" in entry:
-        found = entry["layers"]
-        row[2], row[6] = found["rows"] * found["modules"], found["splits"]["dense"]["unequal_rows"]
-        row[7] = found["splits"]["dense"]["max_difference"]
-        row[9] = max(split["unequal_rows"] for split in found["splits"].values())
+        splits = entry["layers"]["splits"]
+        row[2], row[6], row[7] = (splits["dense"][key] for key in ("rows", "unequal_rows", "max_difference"))
+        row[9] = max(split["unequal_rows"] for split in splits.values())
     elif "reference" in entry:
         pair, eager = entry["reference"], entry.get("eager", {})
         row[2:4] = pair["tokens"], pair["divergent_tokens"]

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 import eval.modes
 from eval.consistency import consistency
 from eval.graph import graph_greedy
-from eval.modes import MODES, compare_traces, split_layers
+from eval.mode_suite import compare_traces
+from eval.modes import MODES, Mode, split_layers
 from eval.references import round_once
 from qat.config import EvalConfig, QuantConfig, ScaleRule
 from qat.inference import Trace, fingerprint, read_logits, trace_greedy
@@ -27,16 +28,25 @@ def prompts() -> Tensor:
 
 
 @pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces the model and runs the graph as it is: inductor takes half a minute."""
-    monkeypatch.setattr(eval.modes, "COMPILER", "eager")
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Nodes of every graph that is compiled, and run as it is: inductor takes half a minute."""
+    sizes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(eval.modes, "COMPILER", backend)
+    return sizes
 
 
-def test_every_mode_that_can_run_here_passes(config: EvalConfig, quick_compiler: None) -> None:
+def test_every_mode_that_can_run_here_passes(config: EvalConfig, compiled: list[int]) -> None:
     config.modes = "all"
     report = consistency(config)
     assert report["passed"]
     modes = report["modes"]
+    # both models' steps, all of them; what asks for a compiler is a few nodes
+    assert len([size for size in compiled if size > 50]) == 2
     assert list(modes) == ["weights", "layers", *MODES]
     skipped = {name: entry["reason"] for name, entry in modes.items() if entry["status"] == "skipped"}
     if not torch.cuda.is_available():
@@ -53,6 +63,18 @@ def test_a_folder_without_its_origin_is_compared_with_its_own_integers(config: E
     report = consistency(config)
     assert report["passed"] and "own" in report and "base" not in report
     assert {entry["status"] for entry in report["modes"].values()} == {"passed"}
+
+
+def test_a_mode_that_breaks_off_fails_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    monkeypatch.setitem(MODES, "static", Mode(no_memory))
+    config.base, config.modes = None, ["static", "prefill"]
+    report = consistency(config)
+    assert report["passed"] is False
+    assert report["modes"]["static"]["reason"] == "OutOfMemoryError: out of memory"
+    assert report["modes"]["prefill"]["status"] == "passed"
 
 
 def test_what_is_loaded_with_a_budget_is_compared_with_the_resident_model(
