@@ -8,8 +8,17 @@ if TYPE_CHECKING:
 Table = tuple[list[str], list[list[Any]]]
 """Columns and rows."""
 
-TITLES = {"fake_quant": "fake-quant vs compressed", "base": "base vs compressed"}
+TITLES = {
+    "fake_quant": "fake-quant vs compressed",
+    "own": "dense INT8 vs compressed",
+    "library": "fake-quant by the library vs compressed",
+    "base": "base vs compressed",
+    "floor": "base vs itself, other batches",
+}
 """Of the pairs of `eval.consistency`."""
+
+PROMISED = {"fake_quant", "own"}
+"""Those in which nothing may differ."""
 
 
 def percentile_table(pairs: dict[str, Any]) -> Table:
@@ -17,6 +26,36 @@ def percentile_table(pairs: dict[str, Any]) -> Table:
     columns = ["percentile", *(f"{what}, {TITLES[name]}" for name in pairs for what in ("KL", "delta p"))]
     spreads = [pair["logits"][key] for pair in pairs.values() for key in ("kl", "delta_p")]
     return columns, [[row, *(values[row] for values in spreads)] for row in spreads[0]]
+
+
+def mode_table(modes: dict[str, Any]) -> Table:
+    """What every mode gave; modes: by their names in report.json.
+
+    Of the run beside the reference's: tokens compared, how many differ, the first (prompt and position) and the top-1
+    margin there, steps whose logits differ, and the largest difference; of that beside the eager run of the same model:
+    tokens that differ, and steps whose logits do. Checks of layers have weights and rows in the place of tokens.
+    """
+    columns = ["mode", "", "tokens", "differ", "first", "margin", "logits differ", "by at most"]
+    return [*columns, "from eager", "its logits", "seconds"], [_mode(*item) for item in modes.items()]
+
+
+def _mode(name: str, entry: dict[str, Any]) -> list[Any]:
+    row: list[Any] = [name, entry["status"], *[None] * 8, entry.get("seconds")]
+    if "weights" in entry:
+        row[2:4] = entry["weights"]["weights"], len(entry["weights"]["unequal"])
+    elif "layers" in entry:
+        splits = entry["layers"]["splits"]
+        row[2], row[6], row[7] = (splits["dense"][key] for key in ("rows", "unequal_rows", "max_difference"))
+        row[9] = max(split["unequal_rows"] for split in splits.values())
+    elif "reference" in entry:
+        pair, eager = entry["reference"], entry.get("eager", {})
+        row[2:4] = pair["tokens"], pair["divergent_tokens"]
+        if pair["divergences"]:
+            first = min(pair["divergences"], key=lambda found: found["position"])
+            row[4:6] = f"{first['prompt']}:{first['position']}", first["margin"]
+        row[6:8] = pair["unequal_logits"], pair["max_logit_difference"]
+        row[8:10] = eager.get("divergent_tokens"), eager.get("unequal_logits")
+    return row
 
 
 def survival_figure(pairs: dict[str, Any]) -> "Figure":
@@ -47,7 +86,19 @@ def score_table(report: dict[str, Any]) -> Table:
     return ["task", "metric", "items", *(column for name in models for column in (name, f"± {name}"))], rows
 
 
+def likelihood_table(report: dict[str, Any]) -> Table:
+    """Items of every task that the fake-quant model answers alike to the bit; report: as `score_table`."""
+    kinds = ["items", "equal", "max_difference"]
+    rows = [[task, *(found[kind] for kind in kinds)] for task, found in report["likelihoods"].items()]
+    return ["task", "items", "equal to the bit", "largest difference"], rows
+
+
 def flip_table(report: dict[str, Any]) -> Table:
     """Items of every task whose answer changed; report: as `score_table`."""
-    kinds = ["items", "lost", "gained", "changed"]
-    return ["task", *kinds], [[task, *(counts[kind] for kind in kinds)] for task, counts in report["flips"].items()]
+    kinds = ["items", "lost", "gained", "wrong_to_wrong", "changed", "difference"]
+    columns = ["items", "lost", "gained", "wrong to wrong", "changed", "accuracy", "95 % interval", "p"]
+    rows = []
+    for task, found in report["flips"].items():
+        interval = " to ".join(f"{end:+.4f}" for end in found.get("difference_interval", []))
+        rows.append([task, *(found.get(kind) for kind in kinds), interval or None, found.get("p")])
+    return ["task", *columns], rows

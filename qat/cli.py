@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.config import register_schemas, to_config
-from qat.errors import UserError
+from qat.errors import CheckFailed, UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -19,7 +19,8 @@ NOISE = ("object_type=", "reference_type=", "To append to your config", "See htt
 def entry_point(config_name: str, task: Callable[[Any], Any]) -> None:
     """Compose configs/<config_name>.yaml with the command line, hand the dataclass to `task`, map errors to exit codes.
 
-    Exit codes: 0 done, 1 an error that is not the user's (with traceback), 2 a mistake of the user's, 130 Ctrl-C.
+    Exit codes: 0 done, 1 an error that is not the user's (with traceback), 2 a mistake of the user's, 3 a check that
+    found something, 130 Ctrl-C.
     In a sweep a job that fails through the user's mistake does not stop the others.
     HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error too.
     """
@@ -112,6 +113,9 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
+    except CheckFailed as failure:
+        print(f"failed: {failure}", file=sys.stderr)
+        return 3
     except (UserError, FormatError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if full:
             raise

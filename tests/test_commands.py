@@ -466,6 +466,29 @@ def test_eval_hands_its_words_over(
     assert message in mistake("eval", program, word, "output=reports")
 
 
+@pytest.mark.parametrize(("passed", "code"), [(False, 3), (True, 0), (None, 0)])
+@pytest.mark.parametrize("program", ["consistency", "lm-eval"])
+def test_a_broken_promise_has_an_exit_code_of_its_own(
+    program: str,
+    passed: bool | None,
+    code: int,
+    tmp_path: Path,
+    codecllm: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import eval.consistency
+    import eval.harness
+
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.chdir(tmp_path)
+    for module, function in ((eval.consistency, "consistency"), (eval.harness, "harness")):
+        monkeypatch.setattr(module, function, lambda config: {"passed": passed})
+    found, _, err = codecllm("eval", program, "compressed=a", "output=reports")
+    assert found == code
+    assert err.startswith("failed: the compressed model") == (code == 3) and err.count("\n") == (code == 3)
+
+
 def test_compress_and_eval_need_the_repository(
     source: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

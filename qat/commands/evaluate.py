@@ -1,9 +1,10 @@
 """Compare a compressed model with those it came from, or run lm-eval tasks.
 
 The words that follow are those of `python -m eval.consistency` and `python -m eval.harness`; `--help` behind either
-lists them. Needs the repository: an installed package has no `eval`.
+lists them. Exits with 3 where the compressed model is not what it promises to be. Needs the repository: an installed
+package has no `eval`.
 
-  codecllm eval consistency compressed=compressed/model base=my/model text=my/valid.txt output=reports/model
+  codecllm eval consistency compressed=compressed/model base=my/model text=my/valid.txt output=reports/model modes=all
   codecllm eval lm-eval compressed=compressed/model tasks=[arc_easy] limit=200 output=reports/model
 """
 
@@ -14,7 +15,7 @@ from importlib import import_module
 from qat.cli import CONFIG_DIR, entry_point
 from qat.errors import UserError
 
-PROGRAMS = {"consistency": ("eval.consistency", "consistency"), "lm-eval": ("eval.harness", "harness")}
+PROGRAMS = {"consistency": ("eval.consistency", "check"), "lm-eval": ("eval.harness", "check")}
 """Module and function of each."""
 
 

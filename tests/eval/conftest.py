@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rans_kernels
 
 from qat.config import (
     DataConfig,
@@ -82,6 +83,19 @@ def config(base: Path, compressed: Path, sample_text: str, tmp_path: Path) -> Ev
         logger=LoggerConfig(mode=LoggerMode.disabled),
         paths=PathsConfig(cache=str(tmp_path / "cache")),
     )
+
+
+@pytest.fixture
+def altered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale of every compressed model that is loaded is not what was stored."""
+    load = rans_kernels.load
+
+    def load_altered(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        model.get_submodule("model.layers.1.mlp.down_proj").weight_scale[7] *= 1.5
+        return model
+
+    monkeypatch.setattr(rans_kernels, "load", load_altered)
 
 
 @pytest.fixture
