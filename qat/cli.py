@@ -112,10 +112,10 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
-    except (UserError, FormatError, HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (UserError, FormatError, MemoryError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if full:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error) or 'out of memory'}", file=sys.stderr)
     except OSError as error:
         if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise

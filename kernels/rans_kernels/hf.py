@@ -29,7 +29,6 @@ from rans_kernels.checkpoint import (
 )
 from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedEmbedding, CompressedLinear, CompressedWeight, TiedLinear
-from rans_kernels.placement import GB, BudgetError, place
 from rans_kernels.streaming import Streamer
 
 if TYPE_CHECKING:
@@ -165,12 +164,5 @@ def load(
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         raise FormatError(f"the weights of {folder} do not fit its config.json: {problems}")
-    try:
-        Streamer(model.eval(), math.inf if budget is None else budget, device, offload).enable()
-    except torch.OutOfMemoryError as error:
-        size = place(model, math.inf, torch.device(device), 2).needed / GB
-        wanted = size if budget is None else min(size, budget)
-        raise BudgetError(
-            f"{wanted:.3g} GB of weights are more than {device} has free: give a smaller budget"
-        ) from error
+    Streamer(model.eval(), math.inf if budget is None else budget, device, offload).enable()
     return model

@@ -21,7 +21,7 @@ LINE = 64
 GB = 1e9
 
 
-class BudgetError(ValueError):
+class BudgetError(MemoryError):
     """There is less memory than the model needs.
 
     Attributes:
@@ -77,7 +77,7 @@ class Placement:
     streamed_bytes: int
 
 
-def place(model: nn.Module, budget: float, device: torch.device, slots: int) -> Placement:
+def place(model: nn.Module, budget: float, device: torch.device, slots: int, spread: bool = True) -> Placement:
     """Decide what stays.
 
     Args:
@@ -85,6 +85,7 @@ def place(model: nn.Module, budget: float, device: torch.device, slots: int) -> 
         budget: GB (1e9 bytes) that weights may take, slots and what is decoded and kept included.
         device: that computes.
         slots: chunks on the device at once.
+        spread: as `choose`.
 
     Raises:
         BudgetError: the budget is too small; says which would do.
@@ -94,7 +95,7 @@ def place(model: nn.Module, budget: float, device: torch.device, slots: int) -> 
     sizes = [chunk_of([layer], device).size for layer in layers]
     costs = [size + kept_bytes(layer, device) for size, layer in zip(sizes, layers, strict=True)]
     fixed = fixed_bytes(model, layers, device)
-    stays = choose(sizes, costs, budget * GB - fixed, slots)
+    stays = choose(sizes, costs, budget * GB - fixed, slots, spread)
     if stays is None:
         least = fixed + min(need for _, need in openings(sizes, costs, slots))
         raise BudgetError(
@@ -182,24 +183,26 @@ def openings(sizes: Sequence[int], costs: Sequence[int], slots: int) -> Iterator
         yield slot, slots * slot + sum(cost for size, cost in zip(sizes, costs, strict=True) if size > slot)
 
 
-def choose(sizes: Sequence[int], costs: Sequence[int], room: float, slots: int) -> list[bool] | None:
+def choose(
+    sizes: Sequence[int], costs: Sequence[int], room: float, slots: int, spread: bool = True
+) -> list[bool] | None:
     """Which layers stay, in the order of modules; None if there is room for no choice.
 
-    The smallest slots that do leave most room. Layers larger than these stay, and as many others as fit, spread evenly
-    by bytes.
+    The smallest slots that do leave most room. Layers larger than these stay, and as many others as fit.
 
     Args:
         sizes: bytes in a slot.
         costs: bytes of a layer that stays.
         room: bytes for slots and layers that stay.
         slots: their number.
+        spread: whether the others are spread evenly, by bytes, or the first that fit.
     """
     slot, need = next(((slot, need) for slot, need in openings(sizes, costs, slots) if need <= room), (0, -1))
     if need < 0:
         return None
     small = sum(cost for size, cost in zip(sizes, costs, strict=True) if size <= slot)
-    share = (room - need) / max(1, small)
-    stays, credit = [], 0.0
+    share, credit = ((room - need) / max(1, small), 0.0) if spread else (0.0, room - need)
+    stays = []
     for size, cost in zip(sizes, costs, strict=True):
         if size > slot:
             stays.append(True)

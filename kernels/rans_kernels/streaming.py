@@ -9,7 +9,6 @@ which they followed one another last, the first again behind the last; another o
 order a slot: it is read after `ready`, written after `free`.
 """
 
-import mmap
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,8 @@ from rans_kernels.placement import GB, BudgetError, Span, own, place
 from rans_kernels.staging import Slot, keep_for
 
 OFFLOADS = ("host", "disk")
+PAGE = 4096
+"""Bytes of host memory that are pinned at once."""
 
 
 class Weights(NamedTuple):
@@ -63,7 +64,13 @@ class Streamer:
     """
 
     def __init__(
-        self, model: nn.Module, budget: float, device: torch.device | str, offload: str = "host", slots: int = 3
+        self,
+        model: nn.Module,
+        budget: float,
+        device: torch.device | str,
+        offload: str = "host",
+        slots: int = 3,
+        spread: bool = True,
     ):
         """Decide what stays; nothing is moved yet.
 
@@ -75,6 +82,7 @@ class Streamer:
             offload: where the others wait: `host`, in memory, pinned for a GPU; `disk`, where they are, which after
                 loading is the memory-mapped file, read by a thread.
             slots: chunks on the device at once, from 2.
+            spread: whether layers that stay are spread evenly, or the first.
 
         Raises:
             BudgetError: the budget is too small; says which would do.
@@ -85,7 +93,7 @@ class Streamer:
         self.model, self.offload, self.device = model, offload, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.placement = place(model, budget, self.device, slots)
+        self.placement = place(model, budget, self.device, slots, spread)
         self.chunks = self.placement.chunks
         self.where = {id(layer): (c, i) for c, chunk in enumerate(self.chunks) for i, layer in enumerate(chunk.layers)}
         # how chunks followed one another when they were last used; before that, as modules do
@@ -99,15 +107,24 @@ class Streamer:
         self.side: torch.cuda.Stream | None = None
         self.reader: ThreadPoolExecutor | None = None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def enable(self) -> "Streamer":
         """Move everything to where it belongs; from now on the model runs on the device.
 
         Raises:
-            BudgetError: host memory cannot be pinned.
+            BudgetError: the device has less memory free, or that of the host cannot be pinned.
             ValueError: the model is streamed already, or decodes ahead.
         """
+        try:
+            # what is made here is used in any mode
+            with torch.inference_mode(False), torch.no_grad():
+                self.move()
+        except torch.OutOfMemoryError as error:
+            size = f"{self.placement.needed / GB:.3g} GB"
+            raise BudgetError(f"weights take {size}, {self.device} has less free: give a smaller budget") from error
+        return self
+
+    def move(self) -> None:
+        """What `enable` does."""
         layers = [layer for chunk in self.chunks for layer in chunk.layers]
         if getattr(self.model, "streamer", None) is not None or any(getattr(m, "ahead", None) for m in layers):
             raise ValueError("the model is streamed already, or its weights are decoded ahead: disable that first")
@@ -120,7 +137,7 @@ class Streamer:
                 if isinstance(module, CompressedWeight):
                     module.prepare()
         if not self.chunks:
-            return self
+            return
         self.side = torch.cuda.Stream(self.device) if on_gpu else None
         self.reader = ThreadPoolExecutor(1, "rans-reader") if self.offload == "disk" else None
         size = self.placement.slot_bytes
@@ -135,7 +152,6 @@ class Streamer:
             # in the module's own dict, where it hides the method
             vars(layer)["forward"] = torch.compiler.disable(partial(self.run, layer, layer.forward))
         self.mark(True)
-        return self
 
     def put_to_rest(self, chunk: int) -> None:
         """Bring a chunk's weights to where they wait, and what its layers keep beside them to the device."""
@@ -143,8 +159,10 @@ class Streamer:
         memory = None if self.offload == "disk" else host_memory(size, self.device.type == "cuda")
         self.rest.append([])
         for layer, parts in zip(layers, spans, strict=True):
-            tensors = {name: tensor.detach().cpu() for name, tensor in own(layer).items()}
-            if memory is not None:
+            tensors = {name: tensor.detach() for name, tensor in own(layer).items()}
+            if memory is None:
+                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            else:
                 tensors = {name: parts[name].view(memory).copy_(tensor) for name, tensor in tensors.items()}
             coded = None
             if isinstance(layer, CompressedLinear):
@@ -336,7 +354,9 @@ def host_memory(size: int, pinned: bool) -> Tensor:
     Raises:
         BudgetError: it cannot be pinned.
     """
-    memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
+    begin = -memory.data_ptr() % PAGE
+    memory = memory[begin : begin + size]
     if pinned:
         # what torch itself pins is a power of two long
         status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))

@@ -336,7 +336,7 @@ def test_too_little_memory_is_one_line(folders, monkeypatch):
     def refuse(*args):
         raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate")
 
-    monkeypatch.setattr(Streamer, "enable", refuse)
+    monkeypatch.setattr(Streamer, "move", refuse)
     with pytest.raises(BudgetError, match="give a smaller budget") as error:
         rans_kernels.load(folders["plain"], DEVICE)
     assert "\n" not in str(error.value)
