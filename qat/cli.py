@@ -116,10 +116,10 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     except CheckFailed as failure:
         print(f"failed: {failure}", file=sys.stderr)
         return 3
-    except (UserError, FormatError, HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (UserError, FormatError, MemoryError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if full:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error) or 'out of memory'}", file=sys.stderr)
     except OSError as error:
         if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise

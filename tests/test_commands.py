@@ -16,6 +16,7 @@ import rans_kernels
 import rans_kernels.checkpoint
 import torch
 from rans_kernels.checkpoint import shard_of
+from rans_kernels.placement import BudgetError, place
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -391,6 +392,12 @@ def test_generate_prints_the_models_greedy_text(
     until = tokens.tolist().index(0) if 0 in tokens else len(tokens)
     expected = tokenizer.decode(tokens[:until])
     assert codecllm("generate", path, "--prompt", PROMPT, "--tokens", 20) == (0, f"{expected}\n", "")
+    with pytest.raises(BudgetError) as error:
+        place(model, 1e-9, torch.device("cpu"), 3)
+    for offload in ("host", "disk"):
+        words = ("--prompt", PROMPT, "--tokens", 20, "--device", "cpu", "--offload", offload)
+        words = (*words, "--budget", error.value.least / 1e9)
+        assert codecllm("generate", path, *words) == (0, f"{expected}\n", "")
 
 
 def test_generate_reads_standard_input_and_repeats_a_seed(
@@ -423,6 +430,8 @@ def test_generate_reads_standard_input_and_repeats_a_seed(
         (["--prompt", "a", "--top-p", "0"], ["--top-p 0"]),
         (["--prompt", "a", "--device", "tpu9"], ["device=tpu9", "auto"]),
         (["--prompt", "a", "--dtype", "int8"], ["dtype=int8", "bfloat16"]),
+        (["--prompt", "a", "--budget", "none"], ["--budget", "GB above 0"]),
+        (["--prompt", "a", "--budget", "1e-6"], ["budget of 1e-06 GB is too small", "give that or more"]),
     ],
 )
 def test_mistakes_of_generate_are_one_line(

@@ -4,6 +4,7 @@ Before the weights are loaded, the linear layers and embeddings that config.json
 buffers have the names and shapes of the stored tensors; transformers then loads them like any others.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from rans_kernels.checkpoint import (
 )
 from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedEmbedding, CompressedLinear, CompressedWeight, TiedLinear
+from rans_kernels.streaming import Streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +67,7 @@ class CodecQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.layers = quantization_config.layers_parsed
         self.tied = quantization_config.tied_heads
+        self.is_streamed = False
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for name, entry in self.layers.items():
@@ -92,8 +95,8 @@ class CodecQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """`generate` may compile the model."""
-        return True
+        """`generate` may compile the model, unless its weights are streamed."""
+        return not self.is_streamed
 
 
 def module_for(entry: LayerEntry) -> CompressedWeight:
@@ -120,16 +123,25 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    budget: float | None = None,
+    offload: str = "host",
+) -> "PreTrainedModel":
     """Load a compressed folder, in eval mode.
 
     Args:
         folder: written by export.
         device: where it goes.
         dtype: of activations and of what is not compressed; None takes the stored one.
+        budget: GB (1e9 bytes) that weights may take there, the others are streamed (streaming.py); None is no limit.
+        offload: where streamed weights wait: `host` or `disk`.
 
     Raises:
         FormatError: not such a folder, another version, a missing, truncated or altered file.
+        BudgetError: the budget is too small, or the device's memory.
     """
     from transformers import AutoModelForCausalLM
 
@@ -152,8 +164,5 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         raise FormatError(f"the weights of {folder} do not fit its config.json: {problems}")
-    model = model.to(device).eval()
-    for module in model.modules():
-        if isinstance(module, CompressedWeight):
-            module.prepare()
+    Streamer(model.eval(), math.inf if budget is None else budget, device, offload).enable()
     return model

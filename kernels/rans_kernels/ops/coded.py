@@ -32,6 +32,17 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
+def decoder_table(freqs: Tensor, layout: TileLayout, device: torch.device) -> Tensor:
+    """What the kernels of a device look slots up in, made where the frequencies are; on the CPU these themselves."""
+    match backend_of(device):
+        case "cpu":
+            return freqs
+        case "gluon":
+            return warp_table(freqs, layout)
+        case _:
+            return slot_table(freqs, layout)
+
+
 def round_rows(rows: int) -> int:
     """Rows of words in few sizes, lest kernels and torch.compile take every weight for another kind."""
     step = 32 if rows <= 128 else 64
@@ -67,10 +78,7 @@ class CodedWeight:
         """
         rows = offsets.cpu().numpy()
         layout.check(len(heads), len(words), rows, freqs.cpu().numpy())
-        backend = backend_of(heads.device)
-        table = freqs
-        if backend != "cpu":
-            table = warp_table(freqs, layout) if backend == "gluon" else slot_table(freqs, layout)
+        table = decoder_table(freqs, layout, heads.device)
         largest = int((rows[1:] - rows[:-1]).max(initial=0))
         return cls(heads, words, offsets, table, layout, round_rows(largest))
 
