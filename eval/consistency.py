@@ -21,8 +21,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.cost import CostMeter
 from eval.page import write_page
 from eval.tables import TITLES, percentile_table, survival_figure
+from eval.weights import describe_weights
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import entry_point
 from qat.config import EvalConfig, QuantConfig, from_plain, to_plain
@@ -53,6 +55,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         fake_quant, base: where the config names them, {"generation": `qat.divergence.compare_tokens`, "logits":
             `qat.divergence.LogitComparison.summary`}; the reference is the named model. generation["examples"] are
             {"prompt", "reference", "other", "position"}: texts, of both models token by token, and where they part.
+        costs: of "compressed" and of each reference, `eval.cost.CostMeter.read`.
         device, dtype: where and in what the models ran.
         settings: the config, as plain data. text_tokens: tokens in the text.
         seconds: by stage.
@@ -71,17 +74,26 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     prompts, text, text_tokens = _held_out(config, tokenizer)
     seconds: dict[str, float] = {}
     with progress_bar() as progress:
+        costs: dict[str, Any] = {}
+        meter = CostMeter(device)
         with _timed(seconds, "load compressed"):
             compressed = rans_kernels.load(config.compressed, device=device, dtype=dtype)
+        with _timed(seconds, "warm up compressed"):
+            _warm_up(compressed, prompts, config)
         with _timed(seconds, "generate compressed"):
             generated, _ = _generate("compressed", compressed, prompts, config, progress)
+        costs["compressed"] = meter.read(compressed, generated.numel(), seconds["generate compressed"])
         pairs = {}
         for name, load in references.items():
+            meter = CostMeter(device)
             with _timed(seconds, f"load {name}"):
                 reference = load().to(device)
             _check_pair(config, reference, compressed)
+            with _timed(seconds, f"warm up {name}"):
+                _warm_up(reference, prompts, config)
             with _timed(seconds, f"generate {name}"):
                 tokens, margins = _generate(name, reference, prompts, config, progress)
+            costs[name] = meter.read(reference, tokens.numel(), seconds[f"generate {name}"])
             with _timed(seconds, f"logits {name}"):
                 logits = _compare_logits(name, reference, compressed, text, config.batch_size, progress)
             generation = compare_tokens(tokens, generated, margins)
@@ -91,6 +103,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     report = {
         "passed": _passed(pairs["fake_quant"]) if "fake_quant" in pairs else None,
         **pairs,
+        "costs": costs,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "settings": to_plain(config),
@@ -98,6 +111,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         "seconds": seconds,
     }
     path = write_report(output, "consistency", report)
+    write_report(output, "weights", describe_weights(Path(config.compressed)))
     figure = output / "survival.png"
     survival_figure(pairs).savefig(figure, dpi=150)
     tables = _tables(pairs)
@@ -211,6 +225,11 @@ def _generate(
     return generate_greedy(
         model, prompts, config.new_tokens, config.batch_size, lambda done: progress.advance(task, done)
     )
+
+
+def _warm_up(model: PreTrainedModel, prompts: Tensor, config: EvalConfig) -> None:
+    """A batch of two tokens: what is compiled or decoded once is no part of a model's speed."""
+    generate_greedy(model, prompts[: config.batch_size], 2, config.batch_size)
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from rans_kernels.checkpoint import read_config
 
 from eval.page import write_page
 from eval.tables import Table, flip_table, score_table
+from eval.weights import describe_weights
 from qat.cli import entry_point
 from qat.config import EvalConfig, to_plain
 from qat.errors import UserError
@@ -88,6 +89,7 @@ def harness(config: EvalConfig) -> dict[str, Any]:
         "settings": to_plain(config),
     }
     path = write_report(output, "harness", report)
+    write_report(output, "weights", describe_weights(Path(config.compressed)))
     if config.log_samples:
         _write_samples(output, runs)
     tables = _tables(report)
