@@ -43,7 +43,8 @@ def log_axis(low: float, high: float, most: int = 4) -> Axis:
     """A logarithmic axis labelled at powers of ten, so many at most."""
     powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
     step = max(1, math.ceil(len(powers) / most))
-    return Axis(low, high, [(10.0**n, f"10{str(n).translate(RAISED)}" if n else "1") for n in powers[::-step]], log=True)
+    ticks = [(10.0**power, f"10{str(power).translate(RAISED)}" if power else "1") for power in powers[::-step]]
+    return Axis(low, high, ticks, log=True)
 
 
 def plot(title: str, x: Axis, y: Axis, shapes: Iterable[str], x_title: str = "", y_title: str = "") -> str:

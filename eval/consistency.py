@@ -6,7 +6,6 @@ Two pairs: the fake-quant model against the compressed one, where on one backend
 unquantised base against it, which measures what quantisation costs. docs/evaluation.md defines every number.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.cost import CostMeter
 from eval.page import write_page
-from eval.tables import TITLES, percentile_table, survival_figure
+from eval.tables import (
+    TITLES,
+    cost_table,
+    example_table,
+    histograms,
+    percentile_table,
+    survival_figure,
+    weight_tables,
+)
 from eval.weights import describe_weights
 from qat.checkpoint import load_fake_quant, read_checkpoint
 from qat.cli import entry_point
@@ -40,7 +47,7 @@ LOGITS = 1 << 26
 """Logits of one model that exist at once."""
 
 EXAMPLES = 3
-"""Prompts of a pair whose texts are kept, those that part first."""
+"""Prompts of a pair whose texts are kept."""
 
 
 def consistency(config: EvalConfig) -> dict[str, Any]:
@@ -111,15 +118,20 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         "seconds": seconds,
     }
     path = write_report(output, "consistency", report)
-    write_report(output, "weights", describe_weights(Path(config.compressed)))
+    weights = describe_weights(Path(config.compressed))
+    write_report(output, "weights", weights)
     figure = output / "survival.png"
     survival_figure(pairs).savefig(figure, dpi=150)
-    tables = _tables(pairs)
+    tables = _tables(pairs) | {"speed and memory": cost_table(report)}
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
     console().print(_verdict(report))
-    console().print(f"report: {path}, {write_page(output)}")
-    log_to_wandb(config.logger, output, "consistency", _headline(report), tables, {"survival": figure})
+    page = write_page(output)
+    console().print(f"report: {path}, {page}")
+    tables |= weight_tables(weights) | {"examples": example_table(pairs)}
+    images = {"survival": figure}
+    headline, found = _headline(report), histograms(weights)
+    log_to_wandb(config.logger, output, "consistency", headline, tables, images, page=page, histograms=found)
     return report
 
 
@@ -251,9 +263,15 @@ def _compare_logits(
 def _examples(
     tokenizer: PreTrainedTokenizerBase, prompts: Tensor, reference: Tensor, other: Tensor, divergences: list[Any]
 ) -> list[dict[str, Any]]:
-    """A few prompts and what both models wrote, token by token: those that part first, else the first ones."""
+    """A few prompts and what both models wrote, token by token: from the one that parts first to that which does last.
+
+    Those between are evenly spaced by where they part; where none does they are the first prompts.
+    """
     positions = {found["prompt"]: found["position"] for found in divergences}
-    chosen = sorted(range(len(prompts)), key=lambda row: (positions.get(row, math.inf), row))[:EXAMPLES]
+    parting = sorted(positions, key=lambda row: (positions[row], row))
+    last = max(1, EXAMPLES - 1)
+    spread = [parting[index * (len(parting) - 1) // last] for index in range(EXAMPLES)] if parting else []
+    chosen = list(dict.fromkeys([*spread, *range(len(prompts))]))[:EXAMPLES]
     return [
         {
             "prompt": tokenizer.decode(prompts[row]),

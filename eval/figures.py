@@ -26,9 +26,10 @@ def sizes(summary: dict[str, Any]) -> str:
     coded, plain, whole = (summary[f"{kind}_bytes"] for kind in ("compressed", "other", "fp16"))
     half = 2 * summary["compressed_weights"]
     named = legend([("s1", "compressed weights"), ("s1l", "everything else")])
+    stored = f"{megabytes(coded + plain)} = {megabytes(coded)} + {megabytes(plain)}"
     return named + shares([
         ("in FP16", megabytes(whole), [("s1", half), ("s1l", whole - half)]),
-        ("stored", f"{megabytes(coded + plain)} = {megabytes(coded)} + {megabytes(plain)}", [("s1", coded), ("s1l", plain)]),
+        ("stored", stored, [("s1", coded), ("s1l", plain)]),
     ])  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def histogram(found: dict[str, Any]) -> str:
     x = linear_axis(first - 0.5, first + len(counts) - 0.5)
     y = log_axis(0.5 / total, 1)
     bars = [
-        bar(x, y, first + index - 0.42, first + index + 0.42, y.low, count / total, "s1l", f"{first + index}: {count:,}")
-        for index, count in enumerate(counts)
+        bar(x, y, value - 0.42, value + 0.42, y.low, count / total, "s1l", f"{value}: {count:,}")
+        for value, count in enumerate(counts, first)
         if count
     ]
     line = steps(x, y, x.low, [expected / total for expected in found["coded"]], "s2")

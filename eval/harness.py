@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from rans_kernels.checkpoint import read_config
 
 from eval.page import write_page
-from eval.tables import Table, flip_table, score_table
+from eval.tables import Table, flip_table, histograms, score_table, weight_tables
 from eval.weights import describe_weights
 from qat.cli import entry_point
 from qat.config import EvalConfig, to_plain
@@ -89,14 +89,18 @@ def harness(config: EvalConfig) -> dict[str, Any]:
         "settings": to_plain(config),
     }
     path = write_report(output, "harness", report)
-    write_report(output, "weights", describe_weights(Path(config.compressed)))
+    weights = describe_weights(Path(config.compressed))
+    write_report(output, "weights", weights)
     if config.log_samples:
         _write_samples(output, runs)
     tables = _tables(report)
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
-    console().print(f"report: {path}, {write_page(output)}")
-    log_to_wandb(config.logger, output, "harness", {"results": results, "flips": report["flips"]}, tables)
+    page = write_page(output)
+    console().print(f"report: {path}, {page}")
+    tables |= weight_tables(weights)
+    summary = {"results": results, "flips": report["flips"]}
+    log_to_wandb(config.logger, output, "harness", summary, tables, page=page, histograms=histograms(weights))
     return report
 
 

@@ -18,6 +18,7 @@ from eval.charts import legend
 from eval.tables import (
     MODELS,
     TITLES,
+    Table,
     cost_table,
     flip_table,
     layer_table,
@@ -32,6 +33,9 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 """Of control characters, which HTML cannot hold."""
 
 STYLE = Path(__file__).with_suffix(".css")
+
+AFTER = 48
+"""Tokens shown behind the first that differs, and of texts that do not differ twice as many."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Whatever text a model writes, a browser fetches and runs nothing."""
@@ -129,19 +133,24 @@ def _divergence(consistency: dict[str, Any]) -> list[str]:
     ]
     parts.append("<h2>How far next-token distributions are apart</h2>")
     for name, pair in pairs.items():
-        logits, perplexity = pair["logits"], pair["logits"]["perplexity"]
+        logits = pair["logits"]
         parts.append(f"<h3>{escape(TITLES[name].capitalize())}</h3>")
         if logits["bit_equal"]:
             parts.append(_note(f"All logits over {logits['tokens']:,} tokens are equal to the bit: every number is 0."))
             continue
-        parts.append(_note(
-            f"Over {logits['tokens']:,} tokens of held-out text: perplexity {perplexity['reference']:.3f} to "
-            f"{perplexity['other']:.3f}, ratio {perplexity['ratio']:.4f} ± {perplexity['ratio_error']:.4f}; same top "
-            f"token {100 * logits['same_top']:.2f} %; expected agreement of drawn tokens {100 * logits['ear']['mean']:.2f} %."
-        ))  # fmt: skip
+        parts.append(_note(_apart(logits)))
         columns, rows = percentile_table({name: pair})
         parts.append(_table([columns[0], "KL, nats", "delta p"], rows))
     return parts
+
+
+def _apart(logits: dict[str, Any]) -> str:
+    perplexity = logits["perplexity"]
+    return (
+        f"Over {logits['tokens']:,} tokens of held-out text: perplexity {perplexity['reference']:.3f} to "
+        f"{perplexity['other']:.3f}, ratio {perplexity['ratio']:.4f} ± {perplexity['ratio_error']:.4f}; same top token "
+        f"{100 * logits['same_top']:.2f} %; tokens drawn from both can agree in {100 * logits['ear']['mean']:.2f} %."
+    )
 
 
 def _examples(consistency: dict[str, Any]) -> list[str]:
@@ -171,12 +180,14 @@ def _example(example: dict[str, Any], reference: str) -> str:
 
 
 def _marked(pieces: Sequence[str], at: int | None) -> str:
-    """Text of some tokens, the one at `at` marked and those after it paler."""
+    """Text of some tokens, the one at `at` marked and those after it paler, cut where it says no more."""
+    end = 2 * AFTER if at is None else at + 1 + AFTER
+    more = " …" * (end < len(pieces))
     if at is None:
-        return shown("".join(pieces))
+        return shown("".join(pieces[:end])) + more
     # a token may add nothing to the text yet
     token = shown(pieces[at]) or "\u2423"
-    before, after = shown("".join(pieces[:at])), shown("".join(pieces[at + 1 :]))
+    before, after = shown("".join(pieces[:at])), shown("".join(pieces[at + 1 : end])) + more
     return f'{before}<mark>{token}</mark><span class="after">{after}</span>'
 
 
@@ -189,7 +200,7 @@ def _harness(report: dict[str, Any]) -> list[str]:
     columns, rows = score_table(report)
     # a narrow screen has no room for two columns of names
     joined = [[f"{task}, {metric}", *values] for task, metric, *values in rows]
-    parts = ["<h2>Benchmarks</h2>", _table(["task", *columns[2:]], joined)]
+    parts = ["<h2>Benchmarks</h2>", _table(*_with_errors(["task", *columns[2:]], joined))]
     if report["flips"]:
         words = {"lost": "right to wrong", "gained": "wrong to right", "changed": "another choice"}
         columns, rows = flip_table(report)
@@ -198,22 +209,38 @@ def _harness(report: dict[str, Any]) -> list[str]:
     return parts
 
 
+def _with_errors(columns: list[str], rows: list[list[Any]]) -> Table:
+    """A table with every column "± name" put behind the number in the column `name` before it."""
+    kept = [index for index, column in enumerate(columns) if not column.startswith("± ")]
+
+    def joined(row: list[Any], index: int) -> Any:
+        if index + 1 in kept or index + 1 == len(row) or row[index + 1] is None:
+            return row[index]
+        return f"{_cell(row[index])} ± {row[index + 1]:.2g}"
+
+    return [columns[index] for index in kept], [[joined(row, index) for index in kept] for row in rows]
+
+
 def _weights(weights: dict[str, Any]) -> list[str]:
     modules = weights["modules"]
     columns, rows = layer_table(weights)
-    parts = ["<h2>Bits of every layer</h2>", figures.layer_bits(modules)] if modules else []
-    parts.append(f"<details><summary>all {len(rows)} layers</summary>{_table(columns, rows)}</details>")
-    if weights["histograms"]:
-        note = "How often each integer occurs, and how often the frequency tables that decode it expect it to."
-        parts += ["<h2>Integers and the model that codes them</h2>", _note(note)]
-        parts.append(legend([("s1l", "counted"), ("s2", "expected by the coder")]))
-        parts.append(f'<div class="grid">{"".join(map(_histogram, weights["histograms"]))}</div>')
-    return parts
+    note = "How often each weight occurs, and how often the frequency table that codes it expects it to, as shares of "
+    note += "all. A symbol that occurs has at least one slot of its table, so rare weights are expected too often."
+    return [
+        "<h2>Bits of every layer</h2>",
+        figures.layer_bits(modules),
+        f"<details><summary>all {len(rows)} layers</summary>{_table(columns, rows)}</details>",
+        "<h2>Weights against the model that codes them</h2>",
+        _note(note),
+        legend([("s1l", "counted"), ("s2", "expected by the coder")]),
+        f'<div class="grid">{"".join(map(_histogram, weights["histograms"]))}</div>',
+    ]
 
 
 def _histogram(found: dict[str, Any]) -> str:
-    modules = "1 layer" if found["modules"] == 1 else f"{found['modules']} layers"
-    return f"<div><h3>{escape(found['role'])}</h3>{_note(modules)}{figures.histogram(found)}</div>"
+    layers = "1 layer" if found["modules"] == 1 else f"{found['modules']} layers"
+    note = f"{layers}: entropy {found['entropy']:.3f}, coded in {found['coded_bits']:.3f} bits"
+    return f"<div><h3>{escape(found['role'])}</h3>{_note(note)}{figures.histogram(found)}</div>"
 
 
 def _note(words: str) -> str:

@@ -69,7 +69,15 @@ def cost_table(report: dict[str, Any]) -> Table:
 
 def example_table(pairs: dict[str, Any]) -> Table:
     """What both models of every pair wrote, and the first token that differs; pairs: as `percentile_table`."""
-    columns = ["pair", "prompt", "reference", "compressed", "first divergence", "reference's token", "compressed's token"]
+    columns = [
+        "pair",
+        "prompt",
+        "reference",
+        "compressed",
+        "first divergence",
+        "reference's token",
+        "compressed's token",
+    ]
     rows = []
     for name, pair in pairs.items():
         for example in pair["generation"]["examples"]:
@@ -86,14 +94,26 @@ def layer_table(weights: dict[str, Any]) -> Table:
     return columns, [[row["name"], *row["shape"], *(row[key] for key in keys)] for row in natural(weights["modules"])]
 
 
-def histogram_table(weights: dict[str, Any]) -> Table:
-    """How often every integer occurs, by role, and how often the coder expects it; weights: as `layer_table`."""
+def weight_tables(weights: dict[str, Any]) -> dict[str, Table]:
+    """Layers, and how often every weight occurs and is expected, by role; weights: as `layer_table`."""
     rows = [
         [found["role"], found["dtype"], found["first"] + index, count, coded]
         for found in weights["histograms"]
         for index, (count, coded) in enumerate(zip(found["counts"], found["coded"], strict=True))
     ]
-    return ["role", "dtype", "integer, or high byte of a float", "count", "expected"], rows
+    columns = ["role", "dtype", "integer, or high byte of a float", "count", "expected"]
+    return {"layers": layer_table(weights), "weights against the coded model": (columns, rows)}
+
+
+def histograms(weights: dict[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+    """Counts and the edges of their bins, by role; weights: as `layer_table`."""
+    return {
+        f"weights/{found['role']}, {found['dtype']}": (
+            found["counts"],
+            [found["first"] - 0.5 + index for index in range(len(found["counts"]) + 1)],
+        )
+        for found in weights["histograms"]
+    }
 
 
 def natural(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,4 @@
-"""What a compressed folder holds, weight by weight: sizes, bits, and how often each integer occurs against how often
-the coder expects it.
-"""
+"""What a compressed folder holds: sizes, bits, and its weights counted against the model that codes them."""
 
 import re
 from pathlib import Path
@@ -25,8 +23,9 @@ def describe_weights(folder: Path) -> dict[str, Any]:
         summary, modules: as `qat.commands.inspect.describe`. Of a module `entropy` is that of the weights as they are
             stored, and `coded_bits` the bits a weight that its table gives them, both of the high byte, and 8, of
             floats.
-        histograms: of all modules of one role and dtype, {"role", "dtype", "modules", "first", "counts", "coded"}:
-            occurrences of first, first + 1, ..., and those the coder expects. Integers; high bytes of floats.
+        histograms: of all modules of one role and dtype, {"role", "dtype", "modules", "entropy", "coded_bits",
+            "first", "counts", "coded"}: means over their weights, and occurrences of first, first + 1, ... and those
+            the coder expects, of integers or the high bytes of floats.
 
     Raises:
         UserError: no such folder.
@@ -35,7 +34,8 @@ def describe_weights(folder: Path) -> dict[str, Any]:
     found = describe(str(folder))
     rows = {row["name"]: row for row in found["modules"]}
     shards = shard_of(folder)
-    sums: dict[tuple[str, str], tuple[int, NDArray[np.float64]]] = {}
+    sums: dict[tuple[str, str], NDArray[np.float64]] = {}
+    members: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for name, entry, weights, _ in iterate_weights(folder):
         floats = entry.layout.is_float
         counts = byte_histogram(high_bytes(weights)) if floats else weight_histogram(weights)
@@ -44,11 +44,12 @@ def describe_weights(folder: Path) -> dict[str, Any]:
         cost = -float(counts[there] @ np.log2(coded[there])) / max(1, weights.size)
         rows[name] |= {"entropy": round(entropy(counts) + verbatim, 4), "coded_bits": round(cost + verbatim, 4)}
         key = role(name), entry.layout.dtype
-        modules, both = sums.get(key, (0, np.zeros((2, 256))))
-        sums[key] = modules + 1, both + [counts, weights.size * coded]
+        sums[key] = sums.get(key, np.zeros((2, 256))) + [counts, weights.size * coded]
+        members.setdefault(key, []).append(rows[name])
     histograms = [
-        {"role": name, "dtype": dtype, "modules": modules, **_window(both, 0 if dtype != "int8" else -128)}
-        for (name, dtype), (modules, both) in sums.items()
+        {"role": name, "dtype": dtype, "modules": len(members[name, dtype]), **_means(members[name, dtype])}
+        | _window(both, -128 if dtype == "int8" else 0)
+        for (name, dtype), both in sums.items()
     ]
     return {"summary": found["summary"], "modules": list(rows.values()), "histograms": histograms}
 
@@ -61,7 +62,8 @@ def coded_distribution(layout: TileLayout, freqs: NDArray[np.integer]) -> NDArra
         freqs: frequency of every symbol, [256].
 
     Returns:
-        [256]: of the integers from -128 to 127; of floats, of the high bytes.
+        [256]: of the integers from -128 to 127; of floats, of the high bytes, which add up to less than 1 where codes
+        stand for none.
     """
     split = layout.split
     shares = np.zeros(1 << split.coded_bits)
@@ -74,8 +76,8 @@ def coded_distribution(layout: TileLayout, freqs: NDArray[np.integer]) -> NDArra
         held, coded = codes >= 0, codes.clip(0) >> split.raw_bits
     else:
         integers = np.arange(-128, 128)
-        held, coded = (integers >= split.low) & (integers < -split.low), split.parts(integers)[0]
-        coded = np.where(held, coded, 0)
+        held = (integers >= split.low) & (integers < -split.low)
+        coded = np.where(held, split.parts(integers)[0], 0)
     return np.where(held, shares[coded], 0.0) / (1 << split.raw_bits)
 
 
@@ -83,6 +85,15 @@ def role(name: str) -> str:
     """What a module is in its block, `mlp.up_proj` of `model.layers.3.mlp.up_proj`; its last name outside of blocks."""
     *_, inside = re.split(r"\.\d+\.", name)
     return inside if inside != name else name.rpartition(".")[2]
+
+
+def _means(modules: list[dict[str, Any]]) -> dict[str, float]:
+    """Entropy and coded bits a weight over several modules."""
+    total = max(1, sum(module["weights"] for module in modules))
+    return {
+        key: round(sum(module[key] * module["weights"] for module in modules) / total, 4)
+        for key in ("entropy", "coded_bits")
+    }
 
 
 def _window(both: NDArray[np.float64], first: int) -> dict[str, Any]:
