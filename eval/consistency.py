@@ -7,7 +7,6 @@ running that `modes` names; the unquantised base against it, which measures what
 against itself in other batches, the floor of that measure. docs/evaluation.md defines every number.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +20,24 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.cost import CostMeter
 from eval.mode_suite import ModeSuite
 from eval.modes import choose_modes
 from eval.page import write_page
 from eval.references import reference_loaders, round_once
-from eval.tables import PROMISED, TITLES, Table, mode_table, percentile_table, survival_figure
+from eval.tables import (
+    PROMISED,
+    TITLES,
+    Table,
+    cost_table,
+    example_table,
+    histograms,
+    mode_table,
+    percentile_table,
+    survival_figure,
+    weight_tables,
+)
+from eval.weights import describe_weights
 from qat.cli import entry_point
 from qat.config import EvalConfig, to_plain
 from qat.data import load_tokens, spread_prompts, windows
@@ -36,7 +48,7 @@ from qat.model import load_tokenizer
 from qat.report import console, log_to_wandb, output_folder, print_table, progress_bar, write_report
 
 EXAMPLES = 3
-"""Prompts of a pair whose texts are kept, those that part first."""
+"""Prompts of a pair whose texts are kept."""
 
 
 def check(config: EvalConfig) -> None:
@@ -66,6 +78,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
             token by token, and where they part.
         floor: as a pair, the base against itself in other batches.
         modes: what eval.mode_suite.ModeSuite found, by mode.
+        costs: of "compressed" and of each reference, `eval.cost.CostMeter.read`.
         device, dtype: where and in what the models ran.
         settings: the config, as plain data. text_tokens: tokens in the text.
         seconds: by stage.
@@ -87,16 +100,25 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     with progress_bar() as progress:
         suite = ModeSuite(config, prompts, progress)
+        costs: dict[str, Any] = {}
+        meter = CostMeter(device)
         with _timed(seconds, "load compressed"):
             compressed = rans_kernels.load(config.compressed, device=device, dtype=dtype)
+        with _timed(seconds, "warm up compressed"):
+            _warm_up(compressed, prompts, config)
         with _timed(seconds, "generate compressed"):
             written = _generate("compressed", compressed, prompts, config, config.batch_size, progress)
+        costs["compressed"] = meter.read(compressed, written.tokens.numel(), seconds["generate compressed"])
         for name, load in references.items():
+            meter = CostMeter(device)
             with _timed(seconds, f"load {name}"):
                 reference = load(compressed)
             _check_pair(config, reference, compressed)
+            with _timed(seconds, f"warm up {name}"):
+                _warm_up(reference, prompts, config)
             with _timed(seconds, f"generate {name}"):
                 own = _generate(name, reference, prompts, config, config.batch_size, progress)
+            costs[name] = meter.read(reference, own.tokens.numel(), seconds[f"generate {name}"])
             with _timed(seconds, f"logits {name}"):
                 logits = _compare_logits(name, reference, compressed, text, config.batch_size, progress)
             generation = compare_tokens(own.tokens, written.tokens, own.margins)
@@ -118,6 +140,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         "passed": _passed(pairs, suite.report(), device),
         **pairs,
         "modes": suite.report(),
+        "costs": costs,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "settings": to_plain(config),
@@ -125,15 +148,21 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         "seconds": seconds,
     }
     path = write_report(output, "consistency", report)
+    weights = describe_weights(Path(config.compressed))
+    write_report(output, "weights", weights)
     figure = output / "survival.png"
     survival_figure(pairs).savefig(figure, dpi=150)
-    tables = _tables(pairs, suite.report())
+    tables = _tables(pairs, suite.report()) | {"speed and memory": cost_table(report)}
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
     for line in _verdict(report):
         console().print(line)
-    console().print(f"report: {path}, {write_page(output)}")
-    log_to_wandb(config.logger, output, "consistency", _headline(report), tables, {"survival": figure})
+    page = write_page(output)
+    console().print(f"report: {path}, {page}")
+    tables |= weight_tables(weights) | {"examples": example_table(pairs)}
+    images = {"survival": figure}
+    headline, found = _headline(report), histograms(weights)
+    log_to_wandb(config.logger, output, "consistency", headline, tables, images, page=page, histograms=found)
     return report
 
 
@@ -191,6 +220,11 @@ def _generate(
     return trace_greedy(model, prompts, config.new_tokens, batch_size, lambda done: progress.advance(task, done))
 
 
+def _warm_up(model: PreTrainedModel, prompts: Tensor, config: EvalConfig) -> None:
+    """A batch of two tokens: what is compiled or decoded once is no part of a model's speed."""
+    trace_greedy(model, prompts[: config.batch_size], 2, config.batch_size)
+
+
 @torch.inference_mode()
 def _compare_logits(
     name: str,
@@ -233,9 +267,15 @@ def _floor(
 def _examples(
     tokenizer: PreTrainedTokenizerBase, prompts: Tensor, reference: Tensor, other: Tensor, divergences: list[Any]
 ) -> list[dict[str, Any]]:
-    """A few prompts and what both models wrote, token by token: those that part first, else the first ones."""
+    """A few prompts and what both models wrote, token by token: from the one that parts first to that which does last.
+
+    Those between are evenly spaced by where they part; where none does they are the first prompts.
+    """
     positions = {found["prompt"]: found["position"] for found in divergences}
-    chosen = sorted(range(len(prompts)), key=lambda row: (positions.get(row, math.inf), row))[:EXAMPLES]
+    parting = sorted(positions, key=lambda row: (positions[row], row))
+    last = max(1, EXAMPLES - 1)
+    spread = [parting[index * (len(parting) - 1) // last] for index in range(EXAMPLES)] if parting else []
+    chosen = list(dict.fromkeys([*spread, *range(len(prompts))]))[:EXAMPLES]
     return [
         {
             "prompt": tokenizer.decode(prompts[row]),

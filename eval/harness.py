@@ -32,7 +32,8 @@ from eval.items import compare_answers, compare_responses
 from eval.local_tasks import find_tasks
 from eval.page import write_page
 from eval.references import reference_loaders
-from eval.tables import Table, flip_table, likelihood_table, score_table
+from eval.tables import Table, flip_table, histograms, likelihood_table, score_table, weight_tables
+from eval.weights import describe_weights
 from qat.cli import entry_point
 from qat.config import EvalConfig, to_plain
 from qat.errors import CheckFailed, UserError
@@ -129,6 +130,8 @@ def harness(config: EvalConfig) -> dict[str, Any]:
         "settings": to_plain(config),
     }
     path = write_report(output, "harness", report)
+    weights = describe_weights(Path(config.compressed))
+    write_report(output, "weights", weights)
     if config.log_samples:
         _write_samples(output, runs)
     tables = _tables(report)
@@ -138,8 +141,10 @@ def harness(config: EvalConfig) -> dict[str, Any]:
         word = "[bold green]PASS[/]" if report["passed"] else "[bold red]FAIL[/]"
         equal, items = (sum(found[key] for found in likelihoods.values()) for key in ("equal", "items"))
         console().print(f"{word} fake-quant vs compressed: {equal:,} of {items:,} items equal to the bit")
-    console().print(f"report: {path}, {write_page(output)}")
-    log_to_wandb(config.logger, output, "harness", _headline(report), tables)
+    page = write_page(output)
+    console().print(f"report: {path}, {page}")
+    tables |= weight_tables(weights)
+    log_to_wandb(config.logger, output, "harness", _headline(report), tables, page=page, histograms=histograms(weights))
     return report
 
 

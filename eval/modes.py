@@ -3,14 +3,13 @@
 `eval.mode_suite` compares the compressed model in each with a reference; docs/evaluation.md says what is promised.
 """
 
-import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import rans_kernels
 import torch
+from rans_kernels.placement import GB, BudgetError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,8 +20,6 @@ from qat.inference import Trace, join_prompts, read_logits, rows_at_once, trace_
 
 BATCHES = (1, 2, 8, 16, 32)
 COMPILER: str | Callable[..., Any] = "inductor"
-STREAMED = (0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
-"""Budgets as shares of all the weights' bytes; the first that can be kept is taken."""
 CHECKS = ("weights", "layers")
 """Modes that generate nothing: levels 1, and 2 and 3, of the numerics contract."""
 
@@ -158,19 +155,12 @@ def split_layers(model: PreTrainedModel) -> dict[str, int]:
     return {name: int(name in second) for name in names if name.rpartition(".")[0] in above}
 
 
-def _no_streaming(model: PreTrainedModel) -> str | None:
-    return None if "budget" in inspect.signature(rans_kernels.load).parameters else "rans_kernels.load takes no budget"
-
-
 def _load_streamed(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    load: Any = rans_kernels.load
-    total = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-    *shares, last = STREAMED
-    for share in shares:
-        # what has to stay, and staging, can be most of a small model
-        with suppress(ValueError):
-            return load(folder, model.device, model.dtype, budget=share * total / 1e9)
-    return load(folder, model.device, model.dtype, budget=last * total / 1e9)
+    try:
+        # a byte: the error tells the least that does
+        return rans_kernels.load(folder, model.device, model.dtype, budget=1 / GB)
+    except BudgetError as error:
+        return rans_kernels.load(folder, model.device, model.dtype, budget=(error.least + 1) / GB)
 
 
 MODES: dict[str, Mode] = {
@@ -181,6 +171,6 @@ MODES: dict[str, Mode] = {
     "prefill": Mode(reread),
     **{f"batch_{size}": _in_batches(size) for size in BATCHES},
     "two_gpus": Mode(_eager, _no_second_gpu, _load_on_two_gpus),
-    "streamed": Mode(_eager, _no_streaming, _load_streamed),
+    "streamed": Mode(_eager, load=_load_streamed),
 }
 """By the names that `modes` takes, beside CHECKS; docs/evaluation.md says what each is."""

@@ -20,6 +20,9 @@ TITLES = {
 PROMISED = {"fake_quant", "own"}
 """Those in which nothing may differ."""
 
+MODELS = {"compressed": "compressed"} | {name: title.split(" vs ")[0] for name, title in TITLES.items()}
+"""Of its models."""
+
 
 def percentile_table(pairs: dict[str, Any]) -> Table:
     """KL and delta p over tokens, llama.cpp's percentiles; pairs: by their names in report.json."""
@@ -102,3 +105,72 @@ def flip_table(report: dict[str, Any]) -> Table:
         interval = " to ".join(f"{end:+.4f}" for end in found.get("difference_interval", []))
         rows.append([task, *(found.get(kind) for kind in kinds), interval or None, found.get("p")])
     return ["task", *columns], rows
+
+
+def cost_table(report: dict[str, Any]) -> Table:
+    """Speed and memory of every model that generated; report: the section of `eval.consistency`."""
+    columns = ["model", "tokens/s", "weights in memory, MB", "peak on the GPU, MB"]
+    rows = []
+    for name, cost in report["costs"].items():
+        sizes = (cost["weight_bytes"], cost["peak_bytes"])
+        megabytes = [None if size is None else f"{size / 1e6:,.1f}" for size in sizes]
+        rows.append([MODELS[name], f"{cost['tokens_per_second']:,.0f}", *megabytes])
+    return columns, rows
+
+
+def example_table(pairs: dict[str, Any]) -> Table:
+    """What both models of every pair wrote, and the first token that differs; pairs: as `percentile_table`."""
+    columns = [
+        "pair",
+        "prompt",
+        "reference",
+        "compressed",
+        "first divergence",
+        "reference's token",
+        "compressed's token",
+    ]
+    rows = []
+    for name, pair in pairs.items():
+        for example in pair["generation"].get("examples", []):
+            at, sides = example["position"], (example["reference"], example["other"])
+            tokens = [None, None] if at is None else [side[at] for side in sides]
+            rows.append([TITLES[name], example["prompt"], *map("".join, sides), at, *tokens])
+    return columns, rows
+
+
+def layer_table(weights: dict[str, Any]) -> Table:
+    """Every compressed module; weights: the section of `eval.weights`."""
+    columns = ["layer", "rows", "columns", "split", "entropy", "coded bits", "stored bits"]
+    keys = ("split", "entropy", "coded_bits", "bits")
+    return columns, [[row["name"], *row["shape"], *(row[key] for key in keys)] for row in natural(weights["modules"])]
+
+
+def weight_tables(weights: dict[str, Any]) -> dict[str, Table]:
+    """Layers, and how often every weight occurs and is expected, by role; weights: as `layer_table`."""
+    rows = [
+        [found["role"], found["dtype"], found["first"] + index, count, coded]
+        for found in weights["histograms"]
+        for index, (count, coded) in enumerate(zip(found["counts"], found["coded"], strict=True))
+    ]
+    columns = ["role", "dtype", "integer, or high byte of a float", "count", "expected"]
+    return {"layers": layer_table(weights), "weights against the coded model": (columns, rows)}
+
+
+def histograms(weights: dict[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+    """Counts and the edges of their bins, by role; weights: as `layer_table`."""
+    return {
+        f"weights/{found['role']}, {found['dtype']}": (
+            found["counts"],
+            [found["first"] - 0.5 + index for index in range(len(found["counts"]) + 1)],
+        )
+        for found in weights["histograms"]
+    }
+
+
+def natural(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Modules in the order of their blocks, 10 behind 9."""
+
+    def key(module: dict[str, Any]) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in module["name"].split(".")]
+
+    return sorted(modules, key=key)

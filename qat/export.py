@@ -143,11 +143,11 @@ def export(config: ExportConfig) -> Path:
         )
         copy_companions(source.folder, writer.folder)
         summary = summarise(report) | {
-            "source": config.source, "step": source.step, "profile": config.profile.value,
+            "source": config.source, "base": source.base, "step": source.step, "profile": config.profile.value,
             "seconds": round(time.perf_counter() - begin, 2),
         }  # fmt: skip
         write_json(writer.folder / "export_report.json", {"summary": summary, "layers": report})
-        (writer.folder / "README.md").write_text(model_card(source.base, summary, data))
+        (writer.folder / "README.md").write_text(model_card(output.name, summary, data))
         writer.finish(data, config.overwrite)
     print_report(output, summary, report)
     log_to_wandb(config.logger, output, "export", summary, {"layers": layer_table(report)}, model=output)
