@@ -112,11 +112,13 @@ def _pack(weights: np.ndarray, scale: Tensor) -> dict[str, Tensor]:
 
 
 def _unpacked(entry: LayerEntry, weights: np.ndarray, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The floats [N, K] that a layer of `dtype` computes with, of integers or of floats coded without loss."""
+    """The floats that a layer of `dtype` computes with, of integers or of floats coded without loss, in stock shape."""
     stored = torch.from_numpy(weights)
     if entry.layout.is_float:
-        return stored.view(getattr(torch, entry.layout.dtype)).to(dtype)
-    return dequantize(stored, scale, dtype, entry.group_size)
+        floats = stored.view(getattr(torch, entry.layout.dtype)).to(dtype)
+    else:
+        floats = dequantize(stored, scale, dtype, entry.group_size)
+    return floats.t().contiguous() if entry.transposed else floats
 
 
 def _linear_layers(source: Path) -> tuple[set[str], str | None]:

@@ -62,6 +62,6 @@ def plain_shapes(folder: "Folder") -> dict[str, "Tensor"]:
     import torch
 
     shapes = {name: tensor.shape for name, tensor in folder.plain.items()}
-    shapes |= {f"{name}.weight": entry.layout.shape for name, entry in folder.layers.items()}
+    shapes |= {f"{name}.weight": entry.stock_shape for name, entry in folder.layers.items()}
     shapes |= {f"{head}.weight": folder.layers[source].layout.shape for head, source in folder.tied.items()}
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
