@@ -52,7 +52,7 @@ def _register() -> None:
         initialise(self)
         self._register_custom_module({CompressedLinear: CompressedLora})
 
-    LoraConfig.__post_init__ = __post_init__
+    setattr(LoraConfig, "__post_init__", __post_init__)  # noqa: B010 -- mypy takes no assignment to a method
 
 
 _register()

@@ -8,9 +8,16 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from qat.cli import exit_code
-from qat.commands import compress, evaluate, generate, inspect, verify
+from qat.commands import compress, evaluate, generate, inspect, interop, verify
 
-COMMANDS = {"compress": compress, "inspect": inspect, "verify": verify, "generate": generate, "eval": evaluate}
+COMMANDS = {
+    "compress": compress,
+    "inspect": inspect,
+    "verify": verify,
+    "generate": generate,
+    "eval": evaluate,
+    "interop": interop,
+}
 """Each has `add_arguments` and `run`, and its docstring is its help."""
 
 
