@@ -10,7 +10,10 @@ from typing import Any
 from qat.config import register_schemas, to_config
 from qat.errors import UserError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+BUNDLED = Path(__file__).resolve().parent / "bundled"
+ROOT = BUNDLED if BUNDLED.is_dir() else BUNDLED.parent.parent
+"""Has configs/ and eval/: the repository, or where a wheel has them (pyproject.toml)."""
+CONFIG_DIR = ROOT / "configs"
 
 NOISE = ("object_type=", "reference_type=", "To append to your config", "See https://", "Config search", "provider=")
 """Lines of hydra's and omegaconf's errors that help nobody here."""
@@ -51,13 +54,11 @@ def compose(config_name: str, *overrides: str) -> Any:
     """The config dataclass that configs/<config_name>.yaml gives with these words of a command line.
 
     Raises:
-        UserError: a value is missing, or all of configs/ is.
+        omegaconf.errors.OmegaConfBaseException: a value is missing or wrong.
     """
     import hydra
     from omegaconf import OmegaConf
 
-    if not CONFIG_DIR.is_dir():
-        raise UserError("configs/ is not installed: it comes with the repository; clone it and pip install -e there")
     register_schemas()
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

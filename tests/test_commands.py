@@ -19,8 +19,7 @@ from rans_kernels.checkpoint import shard_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import qat.cli
-from qat.commands import COMMANDS, evaluate, main
+from qat.commands import COMMANDS, main
 from qat.config import ExportConfig, Granularity, Lossless, Profile, QuantConfig
 from qat.export import export
 from qat.inference import generate_greedy
@@ -464,15 +463,6 @@ def test_eval_hands_its_words_over(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(tmp_path)
     assert message in mistake("eval", program, word, "output=reports")
-
-
-def test_compress_and_eval_need_the_repository(
-    source: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (qat.cli, evaluate):
-        monkeypatch.setattr(module, "CONFIG_DIR", tmp_path / "configs")
-    assert "comes with the repository" in mistake("compress", source, tmp_path / "out")
-    assert "comes with the repository" in mistake("eval", "consistency", "compressed=a", "output=b")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

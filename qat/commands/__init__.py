@@ -1,4 +1,4 @@
-"""Compress language models, look into compressed folders, check them, run them."""
+"""Train and compress language models, look into compressed folders, check them, run them."""
 
 import argparse
 import os
@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from qat.cli import exit_code
-from qat.commands import compress, evaluate, generate, inspect, interop, verify
+from qat.commands import compress, evaluate, generate, inspect, interop, train, verify
 
 COMMANDS = {
+    "train": train,
     "compress": compress,
     "inspect": inspect,
     "verify": verify,
