@@ -95,6 +95,14 @@ def one_line(error: BaseException) -> str:
     return said if key in said else f"{key}: {said}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a GPU or the machine has no more memory to give."""
+    # of the CPU torch has no class
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """0, or what the error that `call` raised stands for, its line printed; errors of no user's are raised.
 
@@ -104,6 +112,7 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from rans_kernels.errors import DeviceError
     from rans_kernels.format import FormatError
     from yaml import YAMLError
 
@@ -113,10 +122,15 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
-    except (UserError, FormatError, HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (UserError, FormatError, DeviceError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if full:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if full or not is_out_of_memory(error):
+            raise
+        what = one_line(error) or "out of memory"
+        print(f"error: too little memory: {what}; free some, or take a smaller batch, model or dtype", file=sys.stderr)
     except OSError as error:
         if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rans_kernels.checkpoint import FolderWriter, LayerEntry, open_shard, quantization_config, shard_of
+from rans_kernels.checkpoint import (
+    FolderWriter,
+    LayerEntry,
+    open_shard,
+    quantization_config,
+    shard_of,
+    tensor_crc32,
+)
 from rans_kernels.coder import (
     EncodedTensor,
     byte_histogram,
@@ -123,6 +130,7 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"{config.source} has no tensor {missing[0]}: its names differ from those of the architecture")
     layers: dict[str, LayerEntry] = {}
     report: list[dict[str, Any]] = []
+    plain: dict[str, int] = {}
     # not stored, because they are another tensor: transformers ties the head again on load
     passed = {f"{head}.weight" for head in tied}
     if getattr(hf_config, "tie_word_embeddings", False):
@@ -138,6 +146,7 @@ def export(config: ExportConfig) -> Path:
             elif key not in passed and not key.endswith(".weight_log2_scale"):
                 tensor = store_as(source.read(key), dtype)
                 writer.add({key: tensor})
+                plain[key] = tensor_crc32(tensor)
                 report.append(plain_row(key, tensor))
         data = hf_config.to_dict()
         # a place on this machine
@@ -148,7 +157,7 @@ def export(config: ExportConfig) -> Path:
             data["tie_word_embeddings"] = False
         producer = f"codecllm {version('codecllm')}"
         data["quantization_config"] = quantization_config(
-            layers, tied, to_plain(source.quant), config.profile.value, producer
+            layers, tied, to_plain(source.quant), config.profile.value, producer, plain
         )
         copy_companions(source.folder, writer.folder)
         summary = summarise(report) | {

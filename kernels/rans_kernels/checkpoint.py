@@ -123,7 +123,12 @@ class LayerEntry:
 
 
 def quantization_config(
-    layers: dict[str, LayerEntry], tied: dict[str, str], quant: dict[str, Any], profile: str, producer: str
+    layers: dict[str, LayerEntry],
+    tied: dict[str, str],
+    quant: dict[str, Any],
+    profile: str,
+    producer: str,
+    plain: dict[str, int],
 ) -> dict[str, Any]:
     """The `quantization_config` block of config.json.
 
@@ -133,6 +138,7 @@ def quantization_config(
         quant: the QuantConfig the integers were made with, as plain data.
         profile: compact, fast or auto.
         producer: name and version of the program that wrote it.
+        plain: checksum of every tensor that is not compressed.
     """
     return {
         "quant_method": QUANT_METHOD,
@@ -141,6 +147,7 @@ def quantization_config(
         "profile": profile,
         "quant": quant,
         "tied": tied,
+        "crc32": plain,
         "layers": {name: entry.to_json() for name, entry in layers.items()},
     }
 
@@ -179,6 +186,23 @@ def parse_tied(config: dict[str, Any], layers: dict[str, LayerEntry]) -> dict[st
         if not isinstance(source, str) or source not in layers or layers[source].kind != "embedding":
             raise FormatError(f"{head} is tied to {source}, which is no compressed embedding")
     return tied
+
+
+def tensor_crc32(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes, of any dtype."""
+    return crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def check_plain(folder: Path) -> None:
+    """Compare the checksums of tensors that are not compressed, as far as config.json has them.
+
+    Raises:
+        FormatError: naming the tensor that differs.
+    """
+    sums = _table(read_config(folder)["quantization_config"], "crc32")
+    for name, tensor in iterate_plain(folder):
+        if name in sums and tensor_crc32(tensor) != sums[name]:
+            raise FormatError(f"{name} is altered: its checksum differs; copy or export the folder again")
 
 
 def _table(config: dict[str, Any], key: str) -> dict[str, Any]:

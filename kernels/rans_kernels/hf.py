@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 @register_quantization_config(QUANT_METHOD)
 class CodecConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed folder, kept as it was read."""
+    """The `quantization_config` of a compressed folder, kept as it was read but for checksums of plain tensors."""
 
     def __init__(self, **kwargs: Any):
         """Args: kwargs: the block of config.json, see docs/format.md."""
         self.quant_method = kwargs.pop("quant_method", QUANT_METHOD)
+        # what is not compressed may change, in dtype if nothing else, before it is saved again
+        kwargs.pop("crc32", None)
         for key, value in kwargs.items():
             setattr(self, key, value)
 
