@@ -10,7 +10,10 @@ from typing import Any
 from qat.config import register_schemas, to_config
 from qat.errors import CheckFailed, UserError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+BUNDLED = Path(__file__).resolve().parent / "bundled"
+ROOT = BUNDLED if BUNDLED.is_dir() else BUNDLED.parent.parent
+"""Has configs/ and eval/: the repository, or where a wheel has them (pyproject.toml)."""
+CONFIG_DIR = ROOT / "configs"
 
 NOISE = ("object_type=", "reference_type=", "To append to your config", "See https://", "Config search", "provider=")
 """Lines of hydra's and omegaconf's errors that help nobody here."""
@@ -52,13 +55,11 @@ def compose(config_name: str, *overrides: str) -> Any:
     """The config dataclass that configs/<config_name>.yaml gives with these words of a command line.
 
     Raises:
-        UserError: a value is missing, or all of configs/ is.
+        omegaconf.errors.OmegaConfBaseException: a value is missing or wrong.
     """
     import hydra
     from omegaconf import OmegaConf
 
-    if not CONFIG_DIR.is_dir():
-        raise UserError("configs/ is not installed: it comes with the repository; clone it and pip install -e there")
     register_schemas()
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -95,6 +96,14 @@ def one_line(error: BaseException) -> str:
     return said if key in said else f"{key}: {said}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a GPU or the machine has no more memory to give."""
+    # of the CPU torch has no class
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """0, or what the error that `call` raised stands for, its line printed; errors of no user's are raised.
 
@@ -104,9 +113,12 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from rans_kernels.errors import DeviceError
     from rans_kernels.format import FormatError
+    from rans_kernels.placement import BudgetError
     from yaml import YAMLError
 
+    mistakes = (UserError, FormatError, DeviceError, BudgetError, HydraException, OmegaConfBaseException, YAMLError)
     try:
         call()
         return 0
@@ -116,10 +128,23 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     except CheckFailed as failure:
         print(f"failed: {failure}", file=sys.stderr)
         return 3
-    except (UserError, FormatError, MemoryError, HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (
+        UserError,
+        FormatError,
+        DeviceError,
+        BudgetError,
+        HydraException,
+        OmegaConfBaseException,
+        YAMLError,
+    ) as error:
         if full:
             raise
-        print(f"error: {one_line(error) or 'out of memory'}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if full or not is_out_of_memory(error):
+            raise
+        what = one_line(error) or "out of memory"
+        print(f"error: too little memory: {what}; free some, or take a smaller batch, model or dtype", file=sys.stderr)
     except OSError as error:
         if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise

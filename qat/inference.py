@@ -50,7 +50,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         UserError: not a name in DTYPES.
     """
     if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
     if name not in DTYPES:
         raise UserError(f"dtype={name}: give auto or one of {', '.join(DTYPES)}")

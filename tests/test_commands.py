@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import rans_kernels
 import rans_kernels.checkpoint
+import rans_kernels.hf
 import torch
 from rans_kernels.checkpoint import shard_of
+from rans_kernels.errors import DeviceError
 from rans_kernels.placement import BudgetError, place
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import qat.cli
-from qat.commands import COMMANDS, evaluate, main
+from qat.cli import exit_code
+from qat.commands import COMMANDS, main
 from qat.config import ExportConfig, Granularity, Lossless, Profile, QuantConfig
 from qat.export import export
 from qat.inference import generate_greedy
@@ -158,6 +160,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: flip(f, f"{LAYER}.weight_words"),
         [f"{LAYER}.weight_words is altered", "copy or export"],
     ),
+    "byte of a plain tensor altered": (lambda f: flip(f, NORM), [f"{NORM} is altered", "copy or export"]),
     "scale altered": (lambda f: flip(f, f"{LAYER}.weight_scale"), [f"{LAYER}.weight_scale is altered"]),
     "tile damaged": (spoil, [LAYER, "tile 0 is damaged"]),
     "plain tensor lost": (lambda f: edit_shard(f, NORM, lambda t: t.pop(NORM)), [f"missing {NORM}", "copy or export"]),
@@ -240,18 +243,19 @@ def test_whatever_export_writes_is_whole(
     assert codecllm("verify", export(config))[0] == 0
 
 
-def test_verify_cannot_see_altered_bytes_of_plain_tensors(
+def test_verify_cannot_see_altered_bytes_of_plain_tensors_without_checksums(
     folder: Path, codecllm: Callable[..., tuple[int, str, str]]
 ) -> None:
     # docs/cli.md says so
     flip(folder, NORM)
+    edit_config(folder, lambda q: q.pop("crc32"))
     assert codecllm("verify", folder)[0] == 0
 
 
 def test_a_model_that_was_loaded_and_saved_again_is_whole(
     exported: Path, tmp_path: Path, codecllm: Callable[..., tuple[int, str, str]]
 ) -> None:
-    rans_kernels.load(exported).save_pretrained(tmp_path / "again")
+    rans_kernels.load(exported, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
     assert codecllm("verify", tmp_path / "again")[0] == 0
     code, out, _ = codecllm("inspect", tmp_path / "again", "--json")
     assert code == 0
@@ -455,6 +459,40 @@ def test_generate_says_what_a_folder_lacks(folder: Path, mistake: Callable[..., 
     assert "no folder" in mistake("generate", folder / "nowhere", "--prompt", "a")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB"),
+            ["2.00 GiB", "free"],
+        ),
+        (MemoryError(), ["too little memory"]),
+        (DeviceError("an old GPU: use the CPU"), ["an old GPU"]),
+    ],
+)
+def test_a_machine_that_is_too_small_is_one_line(
+    error: Exception, words: list[str], exported: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rans_kernels.hf, "load", fail)
+    line = mistake("generate", exported, "--prompt", "a")
+    assert all(word in line for word in words)
+
+
+def test_memory_that_the_machine_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: torch.empty(1 << 60, dtype=torch.uint8)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: too little memory: ") and "allocate" in line
+    with pytest.raises(RuntimeError, match="of no user"):
+        exit_code(lambda: fail_with(RuntimeError("of no user")))
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_one_line(exported: Path, mistake: Callable[..., str]) -> None:
     assert "device=cuda is not there" in mistake("generate", exported, "--prompt", "a", "--device", "cuda")
@@ -496,15 +534,6 @@ def test_a_broken_promise_has_an_exit_code_of_its_own(
     found, _, err = codecllm("eval", program, "compressed=a", "output=reports")
     assert found == code
     assert err.startswith("failed: the compressed model") == (code == 3) and err.count("\n") == (code == 3)
-
-
-def test_compress_and_eval_need_the_repository(
-    source: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (qat.cli, evaluate):
-        monkeypatch.setattr(module, "CONFIG_DIR", tmp_path / "configs")
-    assert "comes with the repository" in mistake("compress", source, tmp_path / "out")
-    assert "comes with the repository" in mistake("eval", "consistency", "compressed=a", "output=b")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

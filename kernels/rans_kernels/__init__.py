@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["CompressedEmbedding", "CompressedLinear", "load"]
 
 _LAZY = {"load": "hf", "CompressedLinear": "linear", "CompressedEmbedding": "linear"}
-_QUANTIZERS = "transformers.quantizers.auto"
+_HOOKS = {"transformers.quantizers.auto": "rans_kernels.hf", "peft.tuners.lora.model": "rans_kernels.lora"}
+"""Modules of others, and ours that register something there."""
 
 
 def __getattr__(name: str) -> Any:
@@ -28,11 +29,14 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"rans_kernels.{_LAZY[name]}"), name)
 
 
-class _RegisterAfterImport(MetaPathFinder, Loader):
-    """Imports our quantizer, which registers itself, as soon as transformers' registry has been imported."""
+class _ImportAfter(MetaPathFinder, Loader):
+    """Imports a module of ours as soon as another has been imported."""
+
+    def __init__(self, theirs: str, ours: str):
+        self.theirs, self.ours = theirs, ours
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != _QUANTIZERS:
+        if fullname != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -47,10 +51,11 @@ class _RegisterAfterImport(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[union-attr]
         self._loader.exec_module(module)
-        importlib.import_module("rans_kernels.hf")
+        importlib.import_module(self.ours)
 
 
-if _QUANTIZERS in sys.modules:
-    importlib.import_module("rans_kernels.hf")
-else:
-    sys.meta_path.insert(0, _RegisterAfterImport())
+for _theirs, _ours in _HOOKS.items():
+    if _theirs in sys.modules:
+        importlib.import_module(_ours)
+    else:
+        sys.meta_path.insert(0, _ImportAfter(_theirs, _ours))

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 
 @register_quantization_config(QUANT_METHOD)
 class CodecConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed folder, kept as it was read."""
+    """The `quantization_config` of a compressed folder, kept as it was read but for checksums of plain tensors."""
 
     def __init__(self, **kwargs: Any):
         """Args: kwargs: the block of config.json, see docs/format.md."""
         self.quant_method = kwargs.pop("quant_method", QUANT_METHOD)
+        # what is not compressed may change, in dtype if nothing else, before it is saved again
+        kwargs.pop("crc32", None)
         for key, value in kwargs.items():
             setattr(self, key, value)
 
@@ -71,7 +73,7 @@ class CodecQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for name, entry in self.layers.items():
-            replace_module(model, name, module_for(entry))
+            replace_module(model, name, module_for(entry), entry.stock_shape)
         for head, source in self.tied.items():
             replace_module(model, head, TiedLinear(model.get_submodule(source)))
 
@@ -90,8 +92,8 @@ class CodecQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Weights stay as they are."""
-        return False
+        """Adapters can be trained on top (rans_kernels/lora.py); weights stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -106,8 +108,8 @@ def module_for(entry: LayerEntry) -> CompressedWeight:
     return CompressedLinear(entry.layout, entry.word_rows, entry.scale_shape, entry.group_size, entry.bias)
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of another whose weight has the same shape.
+def replace_module(model: nn.Module, name: str, new: nn.Module, shape: tuple[int, int] | None = None) -> None:
+    """Put a module in the place of another, whose weight has this shape unless it is None.
 
     Raises:
         FormatError: the model has none of that name, or of another shape.
@@ -117,9 +119,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         old = model.get_submodule(name)
     except AttributeError as error:
         raise FormatError(f"config.json lists {name}, which a {type(model).__name__} does not have") from error
-    shape = tuple(getattr(old.weight, "shape", ()))
-    if isinstance(new, CompressedWeight) and shape != new.layout.shape:
-        raise FormatError(f"{name} is listed with shape {new.layout.shape}, the model has {shape}")
+    found = tuple(getattr(old.weight, "shape", ()))
+    if shape is not None and found != shape:
+        raise FormatError(f"{name} is listed with shape {shape}, the model has {found}")
     setattr(model.get_submodule(parent), child, new)
 
 
