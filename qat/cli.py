@@ -128,15 +128,7 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     except CheckFailed as failure:
         print(f"failed: {failure}", file=sys.stderr)
         return 3
-    except (
-        UserError,
-        FormatError,
-        DeviceError,
-        BudgetError,
-        HydraException,
-        OmegaConfBaseException,
-        YAMLError,
-    ) as error:
+    except mistakes as error:
         if full:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
