@@ -233,12 +233,15 @@ def test_what_a_streamed_model_cannot_do_is_one_line(model, x):
         Streamer(model, between(model, 0.3), DEVICE).enable()
     ahead.disable()
     Streamer(model, between(model, 0.3), DEVICE).enable()
-    first = next(m for m in model if getattr(m, "is_streamed", False))
+    first = model.streamer.chunks[0].layers[0]
     wrong = torch.zeros(1, first.in_features, device="meta")
     with pytest.raises(RuntimeError, match="x is on meta"):
         first(wrong)
     with pytest.raises(RuntimeError, match="no gradient passes"):
         first(torch.zeros(1, first.in_features, device=DEVICE, dtype=DTYPE, requires_grad=True)).sum().backward()
+    # without no_grad it computes, and what it gives may be written over
+    first(torch.zeros(1, first.in_features, device=DEVICE, dtype=DTYPE, requires_grad=True)).add_(1)
+    assert "streamed to" in repr(first)
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(model)
     with pytest.raises(RuntimeError, match="is streamed"):
@@ -354,18 +357,21 @@ def test_generate_does_not_compile_a_streamed_model(pair):
 def test_a_streamed_model_is_saved_whole(pair, tmp_path):
     whole, streamed = pair()
     # nothing that is streamed moves
-    streamed.to(DEVICE).save_pretrained(tmp_path / "again")
+    places = [layer.weight.data_ptr() for chunk in streamed.streamer.chunks for layer in chunk.layers]
+    streamed.to(DEVICE).to(DTYPE)
+    assert places == [layer.weight.data_ptr() for chunk in streamed.streamer.chunks for layer in chunk.layers]
+    streamed.save_pretrained(tmp_path / "again")
     again = rans_kernels.load(tmp_path / "again", DEVICE, DTYPE)
     expected, found = whole.state_dict(), again.state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    layer = next(m for m in streamed.modules() if isinstance(m, CompressedLinear) and m.is_streamed)
+    layer = streamed.streamer.chunks[0].layers[0]
     assert layer.weight.device.type == "cpu" and torch.equal(layer.decode(), layer.decoded)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
 def test_weights_on_disk_stay_there(folders, pair):
     _, streamed = pair(offload="disk")
-    layer = next(m for m in streamed.modules() if isinstance(m, CompressedLinear) and m.is_streamed)
+    layer = streamed.streamer.chunks[0].layers[0]
     for tensor in (layer.weight, layer.weight_words):
         lines = Path("/proc/self/maps").read_text().splitlines()
         ranges = {tuple(int(end, 16) for end in line.split()[0].split("-")): line for line in lines}
