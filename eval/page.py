@@ -22,6 +22,8 @@ from eval.tables import (
     cost_table,
     flip_table,
     layer_table,
+    likelihood_table,
+    mode_table,
     percentile_table,
     score_table,
 )
@@ -67,7 +69,7 @@ def page(report: dict[str, Any]) -> str:
     if weights:
         parts += ["<h2>Size</h2>", figures.sizes(weights["summary"])]
     if consistency:
-        parts += _divergence(consistency) + _examples(consistency)
+        parts += _modes(consistency) + _divergence(consistency) + _examples(consistency)
     if harness:
         parts += _harness(harness)
     if consistency:
@@ -123,6 +125,15 @@ def _costs(consistency: dict[str, Any]) -> list[str]:
     shown = [index for index in range(len(columns)) if any(row[index] is not None for row in rows)]
     table = _table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
     return ["<h2>Speed and memory</h2>", _note(note), table]
+
+
+def _modes(consistency: dict[str, Any]) -> list[str]:
+    if not (modes := consistency.get("modes")):
+        return []
+    note = "Tokens of the compressed model beside the reference's, run in the same way, and beside its own eager run."
+    reasons = [f"{name}: {entry['reason']}" for name, entry in modes.items() if entry["reason"]]
+    parts = ["<h2>Every way of running</h2>", _note(note), _table(*mode_table(modes))]
+    return [*parts, *([_note("; ".join(reasons))] if reasons else [])]
 
 
 def _divergence(consistency: dict[str, Any]) -> list[str]:
@@ -203,6 +214,9 @@ def _harness(report: dict[str, Any]) -> list[str]:
     # a narrow screen has no room for two columns of names
     joined = [[f"{task}, {metric}", *values] for task, metric, *values in rows]
     parts = ["<h2>Benchmarks</h2>", _table(*_with_errors(["task", *columns[2:]], joined))]
+    if report.get("likelihoods"):
+        table = _table(*likelihood_table(report))
+        parts += ["<h3>Log-likelihoods beside the fake-quantised model's</h3>", table]
     if report["flips"]:
         words = {"lost": "right to wrong", "gained": "wrong to right", "changed": "another choice"}
         columns, rows = flip_table(report)

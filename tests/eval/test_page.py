@@ -155,6 +155,21 @@ def test_what_a_model_writes_stays_text() -> None:
     assert "FAIL" in found.text
 
 
+def test_modes_are_listed_with_why_one_did_not_run() -> None:
+    report = made_report({"prompt": "", "reference": ["a"], "other": ["a"], "position": None})
+    assert "Every way of running" not in parsed(page(report)).text
+    pair = {
+        "tokens": 91, "divergent_tokens": 3, "unequal_logits": 5, "max_logit_difference": 0.5,
+        "divergences": [{"prompt": 6, "position": 12, "margin": 0.25}],
+    }  # fmt: skip
+    report["consistency"]["modes"] = {
+        "static": {"status": "failed", "reason": None, "reference": pair, "eager": pair, "seconds": 1.5},
+        "cuda_graph": {"status": "skipped", "reason": "needs a CUDA GPU"},
+    }
+    text = parsed(page(report)).text
+    assert all(words in text for words in ("Every way of running", "failed", "6:12", "cuda_graph: needs a CUDA GPU"))
+
+
 def test_benchmarks_alone_make_a_page() -> None:
     scores = {"arc": {"acc": {"value": 0.25, "error": None, "higher_is_better": True}}}
     flips = {"arc": {"items": 8, "lost": 1, "gained": 2, "changed": 3}}
@@ -162,6 +177,9 @@ def test_benchmarks_alone_make_a_page() -> None:
     found = parsed(page(report))
     benchmarks = found.text.partition("Benchmarks")[2]
     assert "right to wrong" in benchmarks and "arc, acc" in benchmarks and "±" not in benchmarks
+    assert "Log-likelihoods" not in benchmarks
+    report["harness"]["likelihoods"] = {"arc": {"items": 8, "equal": 7, "max_difference": 0.125}}
+    assert "0.125" in parsed(page(report)).text
     report["harness"]["results"]["base"]["arc"]["acc"]["error"] = 0.03125
     report["harness"]["flips"] = {}
     assert "0.25 ± 0.031" in parsed(page(report)).text
