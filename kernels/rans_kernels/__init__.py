@@ -1,7 +1,8 @@
 """rANS-compressed INT8 weights, and 16-bit floats without loss: codec, kernels and runtime.
 
-`import rans_kernels` makes `AutoModelForCausalLM.from_pretrained` read compressed folders. The import itself costs
-nothing: torch and transformers are loaded when first needed, so that `rans_kernels.format` works with numpy alone.
+`import rans_kernels` makes `AutoModelForCausalLM.from_pretrained` read compressed folders, and peft put LoRA on them.
+The import itself costs nothing: torch, transformers and peft are waited for or loaded when first needed, so that
+`rans_kernels.format` works with numpy alone.
 """
 
 import importlib
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["CompressedEmbedding", "CompressedLinear", "load"]
 
 _LAZY = {"load": "hf", "CompressedLinear": "linear", "CompressedEmbedding": "linear"}
-_QUANTIZERS = "transformers.quantizers.auto"
+_REGISTERS = {"transformers.quantizers.auto": "hf", "peft.tuners.lora.model": "lora"}
+"""Modules of others, and of ours that registers itself with it."""
 
 
 def __getattr__(name: str) -> Any:
@@ -29,10 +31,13 @@ def __getattr__(name: str) -> Any:
 
 
 class _RegisterAfterImport(MetaPathFinder, Loader):
-    """Imports our quantizer, which registers itself, as soon as transformers' registry has been imported."""
+    """Imports a module of ours, which registers itself, as soon as the one it registers with has been imported."""
+
+    def __init__(self, other: str, ours: str):
+        self._other, self._ours = other, ours
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != _QUANTIZERS:
+        if fullname != self._other:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -47,10 +52,11 @@ class _RegisterAfterImport(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[union-attr]
         self._loader.exec_module(module)
-        importlib.import_module("rans_kernels.hf")
+        importlib.import_module(f"rans_kernels.{self._ours}")
 
 
-if _QUANTIZERS in sys.modules:
-    importlib.import_module("rans_kernels.hf")
-else:
-    sys.meta_path.insert(0, _RegisterAfterImport())
+for _other, _ours in _REGISTERS.items():
+    if _other in sys.modules:
+        importlib.import_module(f"rans_kernels.{_ours}")
+    else:
+        sys.meta_path.insert(0, _RegisterAfterImport(_other, _ours))

@@ -87,8 +87,8 @@ class CodecQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Weights stay as they are."""
-        return False
+        """Adapters on top can be trained; compressed weights stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -1,7 +1,7 @@
 """`rans_linear`: x @ W.T straight from the compressed W, as one operator that torch.compile does not look into."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from rans_kernels.format import TileLayout
 from rans_kernels.ops.coded import CodedWeight, backend_of, is_hopper, on_device
 from rans_kernels.ops.fold import multiplies_folded, multiply_folded
+from rans_kernels.ops.rans_decode import rans_dequantize
 from rans_kernels.ops.rans_linear.naive import rans_linear_naive
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def chain_launch(
 def rans_linear(
     x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None = None, group_size: int | None = None
 ) -> Tensor:
-    """Multiply by a compressed weight matrix on the device it is on.
+    """Multiply by a compressed weight matrix on the device it is on; x and bias get gradients, the weight is constant.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
@@ -136,3 +137,43 @@ def _multiply(
 @_rans_linear.register_fake
 def _(x, heads, words, offsets, table, scale, bias, numbers, group_size):
     return x.new_empty(*x.shape[:-1], numbers[0])
+
+
+@torch.library.custom_op("rans_kernels::rans_linear_backward", mutates_args=())
+def _rans_linear_backward(
+    grad: Tensor,
+    heads: Tensor,
+    words: Tensor,
+    offsets: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    numbers: list[int],
+    group_size: int | None,
+) -> Tensor:
+    weight = CodedWeight.of(heads, words, offsets, table, numbers)
+    # always the library's product: there is no batch for which a row of a gradient has to keep its bits
+    return grad @ rans_dequantize(weight, scale, grad.dtype, group_size)
+
+
+@_rans_linear_backward.register_fake
+def _(grad, heads, words, offsets, table, scale, numbers, group_size):
+    return grad.new_empty(*grad.shape[:-1], numbers[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *arrays, bias, numbers, group_size = inputs
+    # the coded weight alone: training needs no more memory for it than inference, and decodes it once more
+    ctx.save_for_backward(*arrays)
+    ctx.bias_dtype, ctx.numbers, ctx.group_size = None if bias is None else bias.dtype, numbers, group_size
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _rans_linear_backward(grad, *ctx.saved_tensors, ctx.numbers, ctx.group_size)
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, grad_bias, None, None
+
+
+_rans_linear.register_autograd(_differentiate, setup_context=_save)
