@@ -61,16 +61,16 @@ def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
     peft_config._register_custom_module({CompressedLinear: CompressedLoraLinear})
     if peft_config.target_modules == "all-linear":
         # peft's own list knows nn.Linear alone
-        plain = _maybe_include_all_linear_layers(peft_config, model).target_modules or ()
-        peft_config.target_modules = {*plain, *_linear_names(model)}
+        _maybe_include_all_linear_layers(peft_config, model)
+        peft_config.target_modules |= _linear_names(model)
     _peft_prepare_model(self, peft_config, model)
 
 
-def _linear_names(model: Any) -> list[str]:
+def _linear_names(model: Any) -> set[str]:
     """Compressed linear layers, without the output head and those that are below an adapter."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear) and m is not head}
-    return [name for name in layers if not name.endswith(".base_layer")]
+    return {name for name in layers if not name.endswith(".base_layer")}
 
 
 # the one hook that every adapter passes, new or read from disk; a config knows custom layers only for itself
