@@ -1,17 +1,7 @@
 """Quantisation-aware training; `python train.py --help` says how."""
 
-from typing import Any
-
 from qat.cli import entry_point
-from qat.config import TrainConfig
-
-
-def main(config: TrainConfig) -> Any:
-    """Train; the heavy imports wait until the config is known to be right."""
-    from qat.lit.build import train
-
-    return train(config)
-
+from qat.programs.train import main
 
 if __name__ == "__main__":
     entry_point("train", main)

@@ -139,7 +139,7 @@ def bench_export() -> dict[str, Any]:
         source = sum(f.stat().st_size for f in (folder / "model").iterdir())
         result = subprocess.run([*base, "--export", name], check=True, capture_output=True, text=True)
         data = json.loads(result.stdout.splitlines()[-1])
-        del data["source"], data["step"]
+        del data["source"], data["base"], data["step"]
         return {"model": "TinyLlama-1.1B's shape, random weights", "source_GiB": round(source / 2**30, 2), **data}
 
 

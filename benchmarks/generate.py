@@ -55,17 +55,26 @@ class Master(NamedTuple):
     coded: dict[str, Tensor]
 
 
-def encode_layer(layer: nn.Module, device: torch.device) -> dict[str, Master]:
-    """Random integers for every linear layer of a decoder layer, and the same coded, by name."""
+def encode_layer(
+    layer: nn.Module, device: torch.device, coding: tuple[Split, float, str] | None = None
+) -> dict[str, Master]:
+    """Random integers for every linear layer of a decoder layer, and the same coded, by name.
+
+    Args:
+        layer: of transformers, without weights.
+        device: of the results.
+        coding: their split, standard deviation, and the profile that chooses the tiles; SPLIT, SIGMA and fast if None.
+    """
+    split, sigma, profile = coding or (SPLIT, SIGMA, "fast")
     shapes = {name: (m.out_features, m.in_features) for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
     masters = {}
     for name, shape in shapes.items():
         group = next((g for g in SIBLINGS if name.endswith(g)), (name,))
         rows = sum(other[0] for key, other in shapes.items() if key.endswith(group))
         layout = TileLayout(
-            shape, SPLIT, choose_units((rows, shape[1]), "fast"), choose_probability_bits(SPLIT, (rows, shape[1]))
+            shape, split, choose_units((rows, shape[1]), profile), choose_probability_bits(split, (rows, shape[1]))
         )
-        q = torch.empty(shape, device=device).normal_(0, SIGMA).round_().clamp_(SPLIT.low, -SPLIT.low - 1)
+        q = torch.empty(shape, device=device).normal_(0, sigma).round_().clamp_(split.low, -split.low - 1)
         integers = q.to(torch.int8)
         e = encode_tiles(integers.cpu().numpy(), layout)
         arrays = {"": e.heads, "_words": e.words, "_offsets": e.offsets, "_freqs": e.freqs}
@@ -89,14 +98,22 @@ def make_linear(kind: str, master: Master, scale: Tensor, dtype: torch.dtype) ->
     return coded, coded.stored_bytes + coded.prepare().table.nbytes
 
 
-def build(shape: str, device: torch.device) -> tuple[LlamaForCausalLM, dict[str, Master]]:
-    """The model, in float16 (float32 on a CPU), its decoder layers still without weights; and the weights for them."""
+def build(
+    shape: str, device: torch.device, coding: tuple[Split, float, str] | None = None
+) -> tuple[LlamaForCausalLM, dict[str, Master]]:
+    """The model, in float16 (float32 on a CPU), its decoder layers still without weights; and the weights for them.
+
+    Args:
+        shape: one of SHAPES.
+        device: of both.
+        coding: as `encode_layer`.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     model = model.to(torch.float16 if device.type == "cuda" else torch.float32).eval()
-    masters = encode_layer(model.model.layers[0], device)
+    masters = encode_layer(model.model.layers[0], device, coding)
     for module in (model.model.embed_tokens, model.lm_head):
         module.to_empty(device=device).weight.data.normal_(0, 0.02)
     for module in model.modules():

@@ -37,6 +37,7 @@ def judge(compressed: Path, base: str, valid: str, windows: int, output: Path, *
             "prompts=32",
             "new_tokens=64",
             "batch_size=32",
+            "floor=false",
             "logger=disabled",
             *more,
         )  # fmt: skip

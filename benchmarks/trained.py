@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,11 +140,13 @@ def end_share(folder: Path) -> float:
     """Of the weights of a model's embedding and linear layers, the share of embedding and head; tied ones once."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(folder))
-    ends, everything = (
-        sum(module.weight.numel() for module in distinct_weights(exact_modules(model, ends_only)).values())
-        for ends_only in (True, False)
-    )
-    return ends / everything
+    ends, everything = (distinct_weights(exact_modules(model, ends_only)).values() for ends_only in (True, False))
+    return weight_count(ends) / weight_count(everything)
+
+
+def weight_count(modules: Iterable[Any]) -> int:
+    """Weights of some layers."""
+    return sum(module.weight.numel() for module in modules)
 
 
 @dataclass(frozen=True)

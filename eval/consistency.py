@@ -1,14 +1,14 @@
 """Does the compressed model do what the model it came from does? Greedy tokens and logits, compared one by one.
 
-    python -m eval.consistency compressed=out/model base=hf/model text=valid.txt output=reports/model
+    python -m eval.consistency compressed=out/model base=hf/model text=valid.txt output=reports/model modes=all
 
-Two pairs: the fake-quant model against the compressed one, where on one backend nothing at all may differ, and the
-unquantised base against it, which measures what quantisation costs. docs/evaluation.md defines every number.
+Pairs: the fake-quant model against the compressed one, where on one backend nothing at all may differ, in every way of
+running that `modes` names; the unquantised base against it, which measures what quantisation costs; and the base
+against itself in other batches, the floor of that measure. docs/evaluation.md defines every number.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,50 @@ from typing import Any
 import rans_kernels
 import torch
 from rans_kernels.checkpoint import read_config
-from rans_kernels.dense import Int8Embedding
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.cost import CostMeter
+from eval.mode_suite import ModeSuite
+from eval.modes import choose_modes
 from eval.page import write_page
-from eval.tables import TITLES, percentile_table, survival_figure
-from qat.checkpoint import load_fake_quant, read_checkpoint
+from eval.references import reference_loaders, round_once
+from eval.tables import (
+    PROMISED,
+    TITLES,
+    Table,
+    cost_table,
+    example_table,
+    histograms,
+    mode_table,
+    percentile_table,
+    survival_figure,
+    weight_tables,
+)
+from eval.weights import describe_weights
 from qat.cli import entry_point
-from qat.config import EvalConfig, QuantConfig, from_plain, to_plain
+from qat.config import EvalConfig, to_plain
 from qat.data import load_tokens, spread_prompts, windows
 from qat.divergence import LogitComparison, compare_tokens
-from qat.errors import UserError
-from qat.inference import generate_greedy, pick_device, pick_dtype, token_texts
-from qat.model import load_model, load_tokenizer
-from qat.quant import convert, prepare, quantized_modules
+from qat.errors import CheckFailed, UserError
+from qat.inference import Trace, pick_device, pick_dtype, rows_at_once, token_texts, trace_greedy
+from qat.model import load_tokenizer
 from qat.report import console, log_to_wandb, output_folder, print_table, progress_bar, write_report
 
-LOGITS = 1 << 26
-"""Logits of one model that exist at once."""
-
 EXAMPLES = 3
-"""Prompts of a pair whose texts are kept, those that part first."""
+"""Prompts of a pair whose texts are kept."""
+
+
+def check(config: EvalConfig) -> None:
+    """`consistency`, for a command line.
+
+    Raises:
+        CheckFailed: a promised equality does not hold.
+        UserError, rans_kernels.format.FormatError: as `consistency`.
+    """
+    if consistency(config)["passed"] is False:
+        raise CheckFailed("the compressed model is not what it was made from")
 
 
 def consistency(config: EvalConfig) -> dict[str, Any]:
@@ -49,48 +70,77 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     At most two models are in memory.
 
     Returns:
-        passed: no divergent token and all logits equal, fake-quant vs compressed; None without that pair.
-        fake_quant, base: where the config names them, {"generation": `qat.divergence.compare_tokens`, "logits":
-            `qat.divergence.LogitComparison.summary`}; the reference is the named model. generation["examples"] are
-            {"prompt", "reference", "other", "position"}: texts, of both models token by token, and where they part.
+        passed: all that is promised holds: no divergent token and, on the CPU, all logits equal, fake-quant vs
+            compressed, and no mode failed; None where nothing promised was compared.
+        fake_quant, own, library, base: the pairs that there are (eval.references.reference_loaders), {"generation":
+            `qat.divergence.compare_tokens`, "logits": `qat.divergence.LogitComparison.summary`}; the reference is the
+            named model. generation["examples"] are {"prompt", "reference", "other", "position"}: texts, of both models
+            token by token, and where they part.
+        floor: as a pair, the base against itself in other batches.
+        modes: what eval.mode_suite.ModeSuite found, by mode.
+        costs: of "compressed" and of each reference, `eval.cost.CostMeter.read`.
         device, dtype: where and in what the models ran.
         settings: the config, as plain data. text_tokens: tokens in the text.
         seconds: by stage.
 
     Raises:
-        UserError: nothing to compare with, too little text, models that do not belong together.
+        UserError: nothing to compare with, too little text, models that do not belong together, no such mode.
         rans_kernels.format.FormatError: `compressed` is no compressed folder.
     """
     output = output_folder(config.output)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    choose_modes(config.modes)
     folder = read_config(Path(config.compressed))
     _check_context(config, folder.get("max_position_embeddings"))
-    references = _references(config, folder, dtype)
+    references = reference_loaders(config, folder, device, dtype)
     tokenizer = load_tokenizer(config.compressed)
     prompts, text, text_tokens = _held_out(config, tokenizer)
     seconds: dict[str, float] = {}
+    pairs: dict[str, Any] = {}
     with progress_bar() as progress:
+        suite = ModeSuite(config, prompts, progress)
+        costs: dict[str, Any] = {}
+        meter = CostMeter(device)
         with _timed(seconds, "load compressed"):
             compressed = rans_kernels.load(config.compressed, device=device, dtype=dtype)
+        with _timed(seconds, "warm up compressed"):
+            _warm_up(compressed, prompts, config)
         with _timed(seconds, "generate compressed"):
-            generated, _ = _generate("compressed", compressed, prompts, config, progress)
-        pairs = {}
+            written = _generate("compressed", compressed, prompts, config, config.batch_size, progress)
+        costs["compressed"] = meter.read(compressed, written.tokens.numel(), seconds["generate compressed"])
         for name, load in references.items():
+            meter = CostMeter(device)
             with _timed(seconds, f"load {name}"):
-                reference = load().to(device)
+                reference = load(compressed)
             _check_pair(config, reference, compressed)
+            with _timed(seconds, f"warm up {name}"):
+                _warm_up(reference, prompts, config)
             with _timed(seconds, f"generate {name}"):
-                tokens, margins = _generate(name, reference, prompts, config, progress)
+                own = _generate(name, reference, prompts, config, config.batch_size, progress)
+            costs[name] = meter.read(reference, own.tokens.numel(), seconds[f"generate {name}"])
             with _timed(seconds, f"logits {name}"):
                 logits = _compare_logits(name, reference, compressed, text, config.batch_size, progress)
-            generation = compare_tokens(tokens, generated, margins)
-            generation["examples"] = _examples(tokenizer, prompts, tokens, generated, generation["divergences"])
+            generation = compare_tokens(own.tokens, written.tokens, own.margins)
+            generation["examples"] = _examples(
+                tokenizer, prompts, own.tokens, written.tokens, generation["divergences"]
+            )
             pairs[name] = {"generation": generation, "logits": logits}
+            if name in PROMISED:
+                suite.compare_weights(reference, compressed)
+                suite.run(round_once(reference), compressed, (own, written))
+                promised = own
+            if name == "base" and config.floor:
+                with _timed(seconds, "floor"):
+                    pairs["floor"] = _floor(reference, prompts, own, text, config, progress)
             del reference
+        if suite.names:
+            suite.run_loaded(compressed, (promised, written))
     report = {
-        "passed": _passed(pairs["fake_quant"]) if "fake_quant" in pairs else None,
+        "passed": _passed(pairs, suite.report(), device),
         **pairs,
+        "modes": suite.report(),
+        "costs": costs,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "settings": to_plain(config),
@@ -98,63 +148,22 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         "seconds": seconds,
     }
     path = write_report(output, "consistency", report)
+    weights = describe_weights(Path(config.compressed))
+    write_report(output, "weights", weights)
     figure = output / "survival.png"
     survival_figure(pairs).savefig(figure, dpi=150)
-    tables = _tables(pairs)
+    tables = _tables(pairs, suite.report()) | {"speed and memory": cost_table(report)}
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
-    console().print(_verdict(report))
-    console().print(f"report: {path}, {write_page(output)}")
-    log_to_wandb(config.logger, output, "consistency", _headline(report), tables, {"survival": figure})
+    for line in _verdict(report):
+        console().print(line)
+    page = write_page(output)
+    console().print(f"report: {path}, {page}")
+    tables |= weight_tables(weights) | {"examples": example_table(pairs)}
+    images = {"survival": figure}
+    headline, found = _headline(report), histograms(weights)
+    log_to_wandb(config.logger, output, "consistency", headline, tables, images, page=page, histograms=found)
     return report
-
-
-def _references(config: EvalConfig, folder: dict[str, Any], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """The models to compare with, each loaded when its turn comes; `folder` is the compressed one's config.json."""
-    quant, stored = folder["quantization_config"].get("quant"), getattr(torch, folder.get("dtype") or "float32")
-    if config.base is None and config.checkpoint is None:
-        raise UserError("nothing to compare with: give base=... (the unquantised model), checkpoint=... or both")
-    base, checkpoint = config.base, config.checkpoint
-    references: dict[str, Callable[[], Any]] = {}
-    # a wrong path shows now, not after the first model has generated
-    if base is not None:
-        load_tokenizer(base)
-    if checkpoint is not None:
-        read_checkpoint(checkpoint)
-        references["fake_quant"] = lambda: _in_dtype(_rounded(load_fake_quant(checkpoint), stored), dtype)
-    elif quant is not None:
-        references["fake_quant"] = lambda: _in_dtype(_prepared(base, from_plain(QuantConfig, quant)), dtype)
-    if base is not None:
-        references["base"] = lambda: load_model(base, dtype)
-    return references
-
-
-def _prepared(base: Any, quant: QuantConfig) -> nn.Module:
-    model = load_model(base)
-    # without quantisation all is stored as it is, or coded without loss
-    return (prepare(model, quant) if quant.enabled else model).eval()
-
-
-def _rounded(model: Any, stored: torch.dtype) -> Any:
-    """Tensors that are not compressed rounded as export was told to store them; float32 changes nothing."""
-    compressed = {id(module.weight) for module in quantized_modules(model).values()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in compressed and not name.endswith("weight_log2_scale"):
-            parameter.data = parameter.data.to(stored).to(parameter.dtype)
-    return model
-
-
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A fake-quant model in float32, its arithmetic moved to `dtype` without touching its integers and scales."""
-    if dtype == torch.float32:
-        return model
-    converted = convert(model)
-    for parameter in converted.parameters():
-        parameter.data = parameter.data.to(dtype)
-    for module in converted.modules():
-        if isinstance(module, Int8Embedding):
-            module.dtype = dtype
-    return converted
 
 
 def _held_out(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor, int]:
@@ -205,36 +214,68 @@ def _check_pair(config: EvalConfig, reference: PreTrainedModel, compressed: PreT
 
 
 def _generate(
-    name: str, model: PreTrainedModel, prompts: Tensor, config: EvalConfig, progress: Progress
-) -> tuple[Tensor, Tensor]:
+    name: str, model: PreTrainedModel, prompts: Tensor, config: EvalConfig, batch_size: int, progress: Progress
+) -> Trace:
     task = progress.add_task(f"generate, {name}", total=len(prompts))
-    return generate_greedy(
-        model, prompts, config.new_tokens, config.batch_size, lambda done: progress.advance(task, done)
-    )
+    return trace_greedy(model, prompts, config.new_tokens, batch_size, lambda done: progress.advance(task, done))
+
+
+def _warm_up(model: PreTrainedModel, prompts: Tensor, config: EvalConfig) -> None:
+    """A batch of two tokens: what is compiled or decoded once is no part of a model's speed."""
+    trace_greedy(model, prompts[: config.batch_size], 2, config.batch_size)
 
 
 @torch.inference_mode()
 def _compare_logits(
-    name: str, reference: PreTrainedModel, other: PreTrainedModel, text: Tensor, batch_size: int, progress: Progress
+    name: str,
+    reference: PreTrainedModel,
+    other: PreTrainedModel,
+    text: Tensor,
+    batch_size: int,
+    progress: Progress,
+    other_rows: int | None = None,
 ) -> dict[str, Any]:
-    """Teacher-forced logits of both models on windows [W, T + 1], without a KV cache."""
+    """Teacher-forced logits of both models on windows [W, T + 1], without a KV cache.
+
+    other_rows: windows that `other` reads at once, as many as the reference if it is None.
+    """
     comparison = LogitComparison()
     task = progress.add_task(f"logits, {name}", total=len(text))
-    rows = max(1, min(batch_size, LOGITS // (text.shape[1] * reference.config.vocab_size)))
+    rows = rows_at_once(reference, text.shape[1], batch_size)
     for batch in text.to(reference.device).split(rows):
-        p, q = (model(input_ids=batch[:, :-1], use_cache=False).logits for model in (reference, other))
+        p = reference(input_ids=batch[:, :-1], use_cache=False).logits
+        parts = batch[:, :-1].split(min(other_rows or rows, rows))
+        q = torch.cat([other(input_ids=part, use_cache=False).logits for part in parts])
         for p_logits, q_logits, targets in zip(p, q, batch[:, 1:], strict=True):
             comparison.update(p_logits, q_logits, targets)
             progress.advance(task)
     return comparison.summary()
 
 
+def _floor(
+    base: PreTrainedModel, prompts: Tensor, written: Trace, text: Tensor, config: EvalConfig, progress: Progress
+) -> dict[str, Any]:
+    """The base against itself, prompts in batches half as large (or of two, not one), windows one by one; as a pair."""
+    size = config.batch_size // 2 or 2
+    again = _generate("base in other batches", base, prompts, config, size, progress)
+    return {
+        "generation": compare_tokens(written.tokens, again.tokens, written.margins),
+        "logits": _compare_logits("base in other batches", base, base, text, config.batch_size, progress, 1),
+    }
+
+
 def _examples(
     tokenizer: PreTrainedTokenizerBase, prompts: Tensor, reference: Tensor, other: Tensor, divergences: list[Any]
 ) -> list[dict[str, Any]]:
-    """A few prompts and what both models wrote, token by token: those that part first, else the first ones."""
+    """A few prompts and what both models wrote, token by token: from the one that parts first to that which does last.
+
+    Those between are evenly spaced by where they part; where none does they are the first prompts.
+    """
     positions = {found["prompt"]: found["position"] for found in divergences}
-    chosen = sorted(range(len(prompts)), key=lambda row: (positions.get(row, math.inf), row))[:EXAMPLES]
+    parting = sorted(positions, key=lambda row: (positions[row], row))
+    last = max(1, EXAMPLES - 1)
+    spread = [parting[index * (len(parting) - 1) // last] for index in range(EXAMPLES)] if parting else []
+    chosen = list(dict.fromkeys([*spread, *range(len(prompts))]))[:EXAMPLES]
     return [
         {
             "prompt": tokenizer.decode(prompts[row]),
@@ -246,33 +287,50 @@ def _examples(
     ]
 
 
-def _passed(pair: dict[str, Any]) -> bool:
-    return pair["generation"]["divergent_tokens"] == 0 and pair["logits"]["bit_equal"]
+def _passed(pairs: dict[str, Any], modes: dict[str, Any], device: torch.device) -> bool | None:
+    found = [_pair_passed(pairs[name], str(device)) for name in PROMISED if name in pairs]
+    found += [entry["status"] == "passed" for entry in modes.values() if entry["status"] != "skipped"]
+    return all(found) if found else None
 
 
-def _verdict(report: dict[str, Any]) -> str:
-    if report["passed"] is None:
-        return "no fake-quant model to compare with: neither PASS nor FAIL"
-    generation, logits = report["fake_quant"]["generation"], report["fake_quant"]["logits"]
-    found = (
-        f"{generation['divergent_tokens']:,} divergent tokens of {generation['tokens']:,} in {generation['prompts']} "
-        f"prompts; logits {'equal to the bit' if logits['bit_equal'] else 'differ'} on {logits['tokens']:,} tokens"
-    )
-    if report["passed"]:
-        return f"[bold green]PASS[/] fake-quant vs compressed: {found}"
-    if report["device"] != "cpu":
-        found += f" (on {report['device']} the two use different kernels; docs/evaluation.md, level 4)"
-    return f"[bold red]FAIL[/] fake-quant vs compressed: {found}"
+def _pair_passed(pair: dict[str, Any], device: str) -> bool:
+    # a large prompt is read by other kernels on some GPUs (docs/kernels.md), in the last bits of its logits
+    return pair["generation"]["divergent_tokens"] == 0 and (device != "cpu" or pair["logits"]["bit_equal"])
 
 
-def _tables(pairs: dict[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
+def _verdict(report: dict[str, Any]) -> list[str]:
+    """A line a promised pair and, if there are modes, one for them."""
+    lines = []
+    for name in PROMISED & report.keys():
+        generation, logits = report[name]["generation"], report[name]["logits"]
+        found = (
+            f"{generation['divergent_tokens']:,} divergent tokens of {generation['tokens']:,} in "
+            f"{generation['prompts']} prompts; logits {'equal to the bit' if logits['bit_equal'] else 'differ'} on "
+            f"{logits['tokens']:,} tokens"
+        )
+        lines.append(f"{_word(_pair_passed(report[name], report['device']))} {TITLES[name]}: {found}")
+    names: dict[str, list[str]] = {}
+    for name, entry in report["modes"].items():
+        names.setdefault(entry["status"], []).append(f"{name}: {entry['reason']}" if entry["reason"] else name)
+    if names:
+        counts = "; ".join(f"{len(found)} {status} ({', '.join(found)})" for status, found in names.items())
+        lines.append(f"{_word('failed' not in names)} modes: {counts}")
+    return lines or ["no fake-quant model to compare with: neither PASS nor FAIL"]
+
+
+def _word(passed: bool) -> str:
+    return "[bold green]PASS[/]" if passed else "[bold red]FAIL[/]"
+
+
+def _tables(pairs: dict[str, Any], modes: dict[str, Any]) -> dict[str, Table]:
     """Columns and rows by title: the numbers that matter, and llama.cpp's percentiles."""
     titles = [TITLES[name] for name in pairs]
     figures = [_figures(pair) for pair in pairs.values()]
-    return {
+    tables: dict[str, Table] = {
         "consistency": (["quantity", *titles], [[row, *(values[row] for values in figures)] for row in figures[0]]),
         "percentiles over tokens": percentile_table(pairs),
     }
+    return tables | ({"modes": mode_table(modes)} if modes else {})
 
 
 def _figures(pair: dict[str, Any]) -> dict[str, Any]:
@@ -294,7 +352,7 @@ def _figures(pair: dict[str, Any]) -> dict[str, Any]:
         "mean KL, nats": _plus_minus(logits["kl"]["mean"], logits["kl"]["error"]),
         "EAR": _plus_minus(logits["ear"]["mean"], logits["ear"]["error"]),
         "perplexity, reference": perplexity["reference"],
-        "perplexity, compressed": perplexity["other"],
+        "perplexity, other": perplexity["other"],
         "perplexity ratio": _plus_minus(perplexity["ratio"], perplexity["ratio_error"]),
     }
 
@@ -306,6 +364,7 @@ def _plus_minus(value: float, error: float) -> str:
 def _headline(report: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the report without its curves and lists."""
     headline: dict[str, Any] = {"passed": report["passed"], "seconds": report["seconds"]}
+    headline["modes"] = {name: entry["status"] for name, entry in report["modes"].items()}
     for name in TITLES.keys() & report.keys():
         numbers = {**report[name]["generation"], **report[name]["logits"]}
         headline[name] = {key: value for key, value in numbers.items() if not isinstance(value, list)}
@@ -320,4 +379,4 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    entry_point("eval", consistency)
+    entry_point("eval", check)

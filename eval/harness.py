@@ -1,17 +1,21 @@
-"""lm-eval on a compressed folder, beside its base where one is given; offline when the tasks are local.
+"""lm-eval on a compressed folder, beside its base and its fake-quant model; offline when the tasks are local.
 
     python -m eval.harness compressed=out/model tasks=[arc_easy_local,piqa_local] data_dir=tasks output=reports/model
 
-eval/tasks/ holds tasks that read local jsonl files from `data_dir`; lm-eval's own go by their names. Importing this
+eval/tasks/ holds tasks that read local files from `data_dir`; lm-eval's own go by their names. Importing this
 module makes lm-eval know the model type codecllm: simple_evaluate(model="codecllm", model_args={"pretrained": folder}).
+Under `accelerate launch` every process has the models, and its share of the items.
 """
 
 import gc
+import hashlib
+import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +24,105 @@ import huggingface_hub
 import lm_eval
 import rans_kernels
 import torch
-import yaml
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from rans_kernels.checkpoint import read_config
 
+from eval.items import compare_answers, compare_responses
+from eval.local_tasks import find_tasks
 from eval.page import write_page
-from eval.tables import Table, flip_table, score_table
+from eval.references import reference_loaders
+from eval.tables import Table, flip_table, histograms, likelihood_table, score_table, weight_tables
+from eval.weights import describe_weights
 from qat.cli import entry_point
 from qat.config import EvalConfig, to_plain
-from qat.errors import UserError
+from qat.errors import CheckFailed, UserError
 from qat.inference import DTYPES, pick_device, pick_dtype
-from qat.model import load_model, load_tokenizer
 from qat.report import console, log_to_wandb, output_folder, print_table, write_report, write_text
 
-TASKS = Path(__file__).resolve().parent / "tasks"
+SET_HERE = {"pretrained", "tokenizer", "dtype", "device", "batch_size", "max_batch_size", "backend"}
+"""Arguments of HFLM that other keys stand for."""
 
 
 @register_model("codecllm")
 class CodecLM(HFLM):
     """A compressed folder as lm-eval's kind of model; takes HFLM's arguments."""
 
+    def __init__(self, pretrained: str, loader: Callable[[torch.device], Any] | None = None, **kwargs: Any):
+        """Args: pretrained: folder. loader: what to load in its place, with its tokenizer. kwargs: HFLM's."""
+        self._loader = loader
+        super().__init__(pretrained, **kwargs)
+        if accelerator := getattr(self, "accelerator", None):
+            # HFLM shares items out on several GPUs alone
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
+        if self._loader is not None:
+            self._model = self._loader(self.device)
+            return
         stored = dtype is None or dtype == "auto"
         dtype = None if stored else DTYPES.get(dtype, dtype)
         self._model = rans_kernels.load(pretrained, device=self.device, dtype=dtype)
 
 
-def harness(config: EvalConfig) -> dict[str, Any]:
-    """Run lm-eval tasks on the compressed model, and on the base if the config names one.
-
-    Writes `harness` into output/report.json and report.html (and samples_<model>_<task>.jsonl if `log_samples`), prints
-    a table and logs to W&B.
-
-    Returns:
-        results: {"compressed": scores, "base": scores}, where scores[task][metric] = {"value", "error",
-            "higher_is_better"}; metric carries lm-eval's filter unless that is "none"; error is the standard error.
-        flips: with a base, flips[task] = {"items", "lost", "gained", "changed"}: items that went from right to wrong,
-            from wrong to right, and to another choice in all; for multiple choice with `acc`.
-        versions, samples: {task: version of the task}, {task: items scored}.
-        device, dtype, settings: as in `eval.consistency`.
+def check(config: EvalConfig) -> None:
+    """`harness`, for a command line.
 
     Raises:
-        UserError: unknown task, missing or empty data file, no such model.
+        CheckFailed: log-likelihoods of the compressed model are not those of the fake-quant model.
+        UserError, rans_kernels.format.FormatError: as `harness`.
+    """
+    if harness(config).get("passed") is False:
+        raise CheckFailed("the compressed model does not answer as the fake-quant model does")
+
+
+def harness(config: EvalConfig) -> dict[str, Any]:
+    """Run lm-eval tasks on the compressed model, on the base and on the fake-quant model, as far as the config says.
+
+    Writes `harness` into output/report.json and report.html (and samples_<model>_<task>.jsonl if `log_samples`), prints
+    tables and logs to W&B.
+
+    Returns:
+        results: by model, base, fake_quant and compressed: results[model][task][metric] = {"value", "error",
+            "higher_is_better"}; metric carries lm-eval's filter unless that is "none"; error is the standard error.
+        passed: all log-likelihoods are the fake-quant model's; None without it.
+        likelihoods: with a fake-quant model, by task, `eval.items.compare_responses` of it and the compressed one.
+        flips: with a base, by task, `eval.items.compare_answers` of it and the compressed model.
+        versions, samples: {task: version of the task}, {task: items scored}.
+        device, dtype, settings: as in `eval.consistency`.
+        Of several processes the first has it all, the others nothing.
+
+    Raises:
+        UserError: unknown task, missing or empty data file, no such model, an option that lm-eval does not know.
         rans_kernels.format.FormatError: `compressed` is no compressed folder.
     """
     output = output_folder(config.output)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    read_config(Path(config.compressed))
-    tasks, manager = find_tasks(config.tasks, config.data_dir)
+    folder = read_config(Path(config.compressed))
+    options = _options(config)
+    tasks, manager = find_tasks(config.tasks, config.data_dir, config.text, config.harness.metadata)
     offline = all(isinstance(task, dict) for task in tasks) and (config.base is None or Path(config.base).is_dir())
     runs: dict[str, Any] = {}
     with _quiet(), _offline(offline):
-        for name in ["base", "compressed"] if config.base else ["compressed"]:
-            runs[name] = _evaluate(name, config, tasks, manager, device, dtype)
+        for name, loader in _loaders(config, folder, device, dtype).items():
+            source = config.base if name == "base" and config.base is not None else config.compressed
+            lm = CodecLM(source, loader, dtype=dtype, device=str(device), **_model_options(config))
+            cache = _cache(config, name, dtype, device)
+            runs[name] = lm_eval.simple_evaluate(
+                lm, tasks=list(tasks), log_samples=True, task_manager=manager, use_cache=cache, **options
+            )
+            del lm
             gc.collect()
+    if runs["compressed"] is None:
+        return {}
     results = {name: _scores(run) for name, run in runs.items()}
+    likelihoods = _compare(compare_responses, runs, "fake_quant")
     report = {
+        "passed": all(found["items"] == found["equal"] for found in likelihoods.values()) if likelihoods else None,
         "results": results,
-        "flips": _flips(runs["base"], runs["compressed"]) if "base" in runs else {},
+        "likelihoods": likelihoods,
+        "flips": _compare(compare_answers, runs, "base"),
         "versions": runs["compressed"]["versions"],
         "samples": {task: count["effective"] for task, count in runs["compressed"]["n-samples"].items()},
         "device": str(device),
@@ -88,98 +130,113 @@ def harness(config: EvalConfig) -> dict[str, Any]:
         "settings": to_plain(config),
     }
     path = write_report(output, "harness", report)
+    weights = describe_weights(Path(config.compressed))
+    write_report(output, "weights", weights)
     if config.log_samples:
         _write_samples(output, runs)
     tables = _tables(report)
     for title, (columns, rows) in tables.items():
         print_table(title, columns, rows)
-    console().print(f"report: {path}, {write_page(output)}")
-    log_to_wandb(config.logger, output, "harness", {"results": results, "flips": report["flips"]}, tables)
+    if report["passed"] is not None:
+        word = "[bold green]PASS[/]" if report["passed"] else "[bold red]FAIL[/]"
+        equal, items = (sum(found[key] for found in likelihoods.values()) for key in ("equal", "items"))
+        console().print(f"{word} fake-quant vs compressed: {equal:,} of {items:,} items equal to the bit")
+    page = write_page(output)
+    console().print(f"report: {path}, {page}")
+    tables |= weight_tables(weights)
+    log_to_wandb(config.logger, output, "harness", _headline(report), tables, page=page, histograms=histograms(weights))
     return report
 
 
-def find_tasks(names: Any, data_dir: str | None) -> tuple[list[str | dict[str, Any]], TaskManager]:
-    """What lm-eval is to run.
+def _loaders(
+    config: EvalConfig, folder: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[torch.device], Any] | None]:
+    """The models to run, each loaded when its turn comes; None stands for the compressed folder itself."""
+    wanted = ["base"] if config.base is not None else []
+    if config.checkpoint is not None or config.harness.fake_quant:
+        wanted.append("fake_quant")
+    if not wanted:
+        return {"compressed": None}
+    # a wrong path shows now
+    known = reference_loaders(config, folder, device, dtype)
+    if missing := [name for name in wanted if name not in known]:
+        raise UserError(
+            f"harness.{missing[0]}=true, but there is nothing to make it from: give checkpoint=..., or base=... if "
+            "the folder records how that was rounded"
+        )
 
-    Args:
-        names: a name or a list of them: of eval/tasks/*.yaml, of a YAML file's path, or of lm-eval's own.
-        data_dir: folder of the files that the tasks of eval/tasks read.
+    def loader(name: str) -> Callable[[torch.device], Any]:
+        def load(here: torch.device) -> Any:
+            # whose tiles say in which order a GPU adds
+            tiles = name == "fake_quant" and here.type != "cpu"
+            compressed: Any = rans_kernels.load(config.compressed, here, dtype) if tiles else None
+            return reference_loaders(config, folder, here, dtype)[name](compressed)
 
-    Returns:
-        The tasks, those of eval/tasks as dicts, and a manager that knows the others.
+        return load
+
+    return {**{name: loader(name) for name in wanted}, "compressed": None}
+
+
+def _options(config: EvalConfig) -> dict[str, Any]:
+    """What `simple_evaluate` is told, but for the model, the tasks and the cache of responses."""
+    given = asdict(config.harness)
+    for ours in ("model_args", "use_cache", "fake_quant", "metadata"):
+        del given[ours]
+    given["batch_size"] = _batch_size(config)
+    return {**given, "num_fewshot": config.num_fewshot, "limit": config.limit}
+
+
+def _batch_size(config: EvalConfig) -> int | str:
+    size = config.batch_size if config.harness.batch_size is None else config.harness.batch_size
+    if isinstance(size, int) and size > 0 or isinstance(size, str) and size.partition(":")[0] == "auto":
+        return size
+    raise UserError(f"harness.batch_size={size}: give a whole number from 1, auto or auto:N")
+
+
+def _model_options(config: EvalConfig) -> dict[str, Any]:
+    """Arguments of HFLM.
 
     Raises:
-        UserError: none given, an unknown one, or a missing, damaged or empty data file.
+        UserError: it has no such argument, or another key stands for it.
     """
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list | tuple) or not names:
-        raise UserError(f"no tasks: give tasks=[...] with some of {', '.join(_local_names())}, or lm-eval's own")
-    tasks: list[str | dict[str, Any]] = []
-    for name in map(str, names):
-        if name in _local_names():
-            tasks.append(_local_task(name, data_dir))
-        elif name.endswith((".yaml", ".yml")) and not Path(name).is_file():
-            raise UserError(f"no such task file: {name}")
-        else:
-            tasks.append(name)
-    others = [task for task in tasks if isinstance(task, str)]
-    # it takes lm-eval seconds to find its thousands of tasks
-    manager = TaskManager(include_defaults=bool(others))
-    for name in others:
-        if name not in manager.all_tasks and not Path(name).is_file():
-            raise UserError(
-                f"unknown task {name}: give one of {', '.join(_local_names())}, the path of a YAML file, "
-                "or a task of lm-eval (`lm_eval ls tasks` lists them)"
-            )
-    return tasks, manager
+    given = dict(config.harness.model_args or {})
+    known = set(inspect.signature(HFLM.__init__).parameters) - SET_HERE - {"self", "kwargs"}
+    if unknown := sorted(given.keys() - known):
+        raise UserError(f"harness.model_args.{unknown[0]}: give some of {', '.join(sorted(known))}")
+    most = {"max_batch_size": config.harness.max_batch_size} if config.harness.max_batch_size else {}
+    return {**given, **most, "batch_size": _batch_size(config)}
 
 
-def _local_names() -> list[str]:
-    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+def _cache(config: EvalConfig, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Where lm-eval keeps the responses of a model, by all that they depend on: it tells requests apart, not models."""
+    if config.harness.use_cache is None:
+        return None
+    sources: dict[str, list[Any]] = {"base": [config.base], "compressed": [config.compressed]}
+    about: list[Any] = [str(dtype), device.type, _batch_size(config), config.harness.model_args]
+    for source in sources.get(name, [config.checkpoint or config.base, config.compressed]):
+        path = Path(str(source)).expanduser()
+        files = sorted(path.glob("*")) if path.is_dir() else [path]
+        about += [(str(source), *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()))]
+    digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:12]
+    return str(Path(config.harness.use_cache).expanduser().resolve() / f"{name}_{digest}")
 
 
-def _local_task(name: str, data_dir: str | None) -> dict[str, Any]:
-    """The YAML of eval/tasks/<name>.yaml with its data file made absolute and looked into."""
-    task = yaml.safe_load((TASKS / f"{name}.yaml").read_text(encoding="utf-8"))
-    files = task["dataset_kwargs"]["data_files"]
-    if data_dir is None:
-        raise UserError(f"{name} reads {files['test']}: give data_dir=..., the folder it is in")
-    path = Path(data_dir).expanduser().resolve() / files["test"]
-    if not path.is_file():
-        raise UserError(f"{name} reads {path}, which does not exist: check data_dir={data_dir}")
-    with open(path, encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), None)
-    if first is None:
-        raise UserError(f"{path} is empty")
-    try:
-        keys = json.loads(first).keys()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not hold one JSON object a line") from error
-    if missing := [key for key in task["metadata"]["keys"] if key not in keys]:
-        raise UserError(f"{path} has no key {missing[0]!r}; {name} needs {', '.join(task['metadata']['keys'])}")
-    files["test"] = str(path)
-    return task
+def _compare(compare: Callable[[Any, Any], Any], runs: dict[str, Any], reference: str) -> dict[str, Any]:
+    """By task, a reference's items beside the compressed model's; without tasks for which there is nothing to say."""
+    if reference not in runs:
+        return {}
+    samples = {name: run["samples"] for name, run in runs.items()}
+    found = {task: compare(items, samples["compressed"][task]) for task, items in samples[reference].items()}
+    return {task: value for task, value in found.items() if value is not None}
 
 
-def _evaluate(
-    name: str, config: EvalConfig, tasks: list[Any], manager: TaskManager, device: torch.device, dtype: torch.dtype
-) -> Any:
-    options: dict[str, Any] = {"batch_size": config.batch_size, "device": str(device)}
-    if name == "base":
-        assert config.base is not None
-        model: Any = load_model(config.base, dtype)
-        lm = HFLM(pretrained=model.to(device), tokenizer=load_tokenizer(config.base), **options)
-    else:
-        lm = CodecLM(pretrained=config.compressed, dtype=dtype, **options)
-    return lm_eval.simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        limit=config.limit,
-        log_samples=True,
-        task_manager=manager,
-    )
+def _headline(report: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of the report without its lists."""
+    flips = {
+        task: {key: value for key, value in found.items() if isinstance(value, int | float)}
+        for task, found in report["flips"].items()
+    }
+    return {"passed": report["passed"], "results": report["results"], "flips": flips}
 
 
 def _scores(run: Any) -> dict[str, dict[str, dict[str, Any]]]:
@@ -200,30 +257,10 @@ def _scores(run: Any) -> dict[str, dict[str, dict[str, Any]]]:
     return scores
 
 
-def _flips(base: Any, compressed: Any) -> dict[str, dict[str, int]]:
-    """How many items of each multiple-choice task changed (Dutta et al. 2024, arXiv 2407.09141)."""
-    flips = {}
-    for task, before in base["samples"].items():
-        after = {item["doc_id"]: item for item in compressed["samples"][task]}
-        if not all("acc" in item and len(item["filtered_resps"]) > 1 for item in before):
-            continue
-        pairs = [(item, after[item["doc_id"]]) for item in before]
-        flips[task] = {
-            "items": len(pairs),
-            "lost": sum(p["acc"] > q["acc"] for p, q in pairs),
-            "gained": sum(p["acc"] < q["acc"] for p, q in pairs),
-            "changed": sum(_choice(p) != _choice(q) for p, q in pairs),
-        }
-    return flips
-
-
-def _choice(item: dict[str, Any]) -> int:
-    likelihoods = [float(response[0]) for response in item["filtered_resps"]]
-    return likelihoods.index(max(likelihoods))
-
-
 def _tables(report: dict[str, Any]) -> dict[str, Table]:
     tables = {"lm-eval": score_table(report)}
+    if report["likelihoods"]:
+        tables["log-likelihoods, fake-quant vs compressed"] = likelihood_table(report)
     if report["flips"]:
         tables["flips, base to compressed"] = flip_table(report)
     return tables
@@ -276,4 +313,4 @@ def _offline(enabled: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    entry_point("eval", harness)
+    entry_point("eval", check)

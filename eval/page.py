@@ -1,4 +1,4 @@
-"""One HTML page of everything that a report.json says: opens offline, on a phone too, and loads nothing.
+"""One HTML page of everything that a report.json says: opens offline, on a phone too, loads nothing and runs nothing.
 
     python -m eval.page reports/my-model
 
@@ -6,7 +6,6 @@
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from eval.tables import TITLES, flip_table, percentile_table, score_table, survival_figure
+from eval import figures
+from eval.charts import legend
+from eval.tables import (
+    MODELS,
+    TITLES,
+    Table,
+    cost_table,
+    flip_table,
+    layer_table,
+    percentile_table,
+    score_table,
+)
 from qat.cli import exit_code
 from qat.errors import UserError
 from qat.report import write_text
@@ -22,26 +32,13 @@ from qat.report import write_text
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 """Of control characters, which HTML cannot hold."""
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #178a3c; --bad: #c62f2f; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; } figure { margin: 0; background: #fff; border-radius: .4rem; overflow-x: auto; }
-svg { width: 100%; height: auto; min-width: 26rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; padding: 0; }
-.facts li { list-style: none; background: var(--soft); border-radius: .4rem; padding: .5rem .7rem; font-size: .85rem; }
-.facts b { display: block; font-size: 1.15rem; }
-.verdict { font-weight: 600; } .pass { color: var(--good); } .fail { color: var(--bad); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .8rem;
-  margin: .5rem 0 1.2rem; }
-.pair p, blockquote { margin: 0; padding: .6rem; background: var(--soft); border-radius: .4rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: .9rem; }
-mark { background: #ffd54a; color: #000; border-radius: .2rem; } .after { opacity: .55; }
-footer { margin-top: 2.5rem; font-size: .8rem; opacity: .75; overflow-wrap: anywhere; }
-"""
+STYLE = Path(__file__).with_suffix(".css")
+
+AFTER = 48
+"""Tokens shown behind the first that differs, and of texts that do not differ twice as many."""
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""Whatever text a model writes, a browser fetches and runs nothing."""
 
 
 def write_page(output: Path) -> Path:
@@ -57,100 +54,140 @@ def write_page(output: Path) -> Path:
     except ValueError as error:
         raise UserError(f"{output / 'report.json'} is damaged: {error}") from error
     path = output / "report.html"
-    write_text(path, page(report, _export_report(report)))
+    write_text(path, page(report))
     return path
 
 
-def page(report: dict[str, Any], exported: dict[str, Any] | None = None) -> str:
-    """The page as text.
-
-    Args:
-        report: of report.json: `consistency`, `harness` or both.
-        exported: export_report.json of the compressed folder, None without one.
-    """
+def page(report: dict[str, Any]) -> str:
+    """The page as text; report: of report.json, any of `consistency`, `harness` and `weights`."""
     jobs = [report[job] for job in ("consistency", "harness") if job in report]
     name = Path(jobs[0]["settings"]["compressed"]).name if jobs else "no report"
-    parts = [f"<h1>{escape(name)}</h1>"]
-    parts += _verdict(report) + _facts(report, exported)
-    if "consistency" in report:
-        parts += _consistency(report["consistency"])
-    if "harness" in report:
-        parts += _harness(report["harness"])
-    if exported:
-        parts += _sizes(exported)
+    consistency, harness, weights = (report.get(job) for job in ("consistency", "harness", "weights"))
+    parts = [f"<h1>{escape(name)}</h1>", *_verdict(consistency), *_facts(consistency, weights)]
+    if weights:
+        parts += ["<h2>Size</h2>", figures.sizes(weights["summary"])]
+    if consistency:
+        parts += _costs(consistency) + _divergence(consistency) + _examples(consistency)
+    if harness:
+        parts += _harness(harness)
+    if weights:
+        parts += _weights(weights)
     parts.append(f"<footer>{''.join(f'<p>{escape(_origin(job))}</p>' for job in jobs)}</footer>")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(name)}</title><style>{STYLE}</style>"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{escape(name)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{chr(10).join(parts)}\n</body></html>\n'
 
 
-def _export_report(report: dict[str, Any]) -> dict[str, Any] | None:
-    """What export said of the folder, if that is still where it was."""
-    for job in report.values():
-        try:
-            return json.loads((Path(job["settings"]["compressed"]) / "export_report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
-
-
-def _verdict(report: dict[str, Any]) -> list[str]:
-    passed = report.get("consistency", {}).get("passed")
+def _verdict(consistency: dict[str, Any] | None) -> list[str]:
+    passed = consistency and consistency["passed"]
     if passed is None:
         return []
     kind, words = ("pass", "PASS: every token and every logit is") if passed else ("fail", "FAIL: not everything is")
     return [f'<p class="verdict {kind}">{words} that of the fake-quantised model</p>']
 
 
-def _facts(report: dict[str, Any], exported: dict[str, Any] | None) -> list[str]:
+def _facts(consistency: dict[str, Any] | None, weights: dict[str, Any] | None) -> list[str]:
     """The handful of numbers that come first."""
     facts: list[tuple[str, str]] = []
-    if exported:
-        summary = exported["summary"]
-        facts.append(("stored bits a weight", f"{summary['bits']:.2f}"))
-        size = f"{summary['model_bytes'] / 1e6:,.1f} MB"
-        facts.append((f"all of it; FP16 takes {summary['ratio']:.1f} times as much", size))
-    pairs = report.get("consistency", {})
+    if weights:
+        summary = weights["summary"]
+        facts.append((f"{summary['bits']:.2f}", "stored bits a compressed weight"))
+        facts.append((f"{summary['ratio']:.2f}×", "smaller than FP16, the whole model"))
+    pairs = consistency or {}
     if "base" in pairs:
         logits = pairs["base"]["logits"]
-        facts.append(("perplexity over the base's", f"{100 * (logits['perplexity']['ratio'] - 1):+.2f} %"))
-        facts.append(("mean KL to the base, nats", f"{logits['kl']['mean']:.4g}"))
-        facts.append(("same top token as the base", f"{100 * logits['same_top']:.2f} %"))
+        facts.append((f"{100 * (logits['perplexity']['ratio'] - 1):+.2f} %", "perplexity over the base's"))
+        facts.append((f"{logits['kl']['mean']:.4f}", "mean KL to the base, nats"))
+        facts.append((f"{100 * logits['same_top']:.1f} %", "same top token as the base"))
     if "fake_quant" in pairs:
         made = pairs["fake_quant"]["generation"]
-        facts.append(("divergent tokens", f"{made['divergent_tokens']:,} of {made['tokens']:,}"))
-    items = "".join(f"<li><b>{escape(value)}</b>{escape(what)}</li>" for what, value in facts)
+        words = f"divergent tokens of {made['tokens']:,}, to the fake-quantised model"
+        facts.append((f"{made['divergent_tokens']:,}", words))
+    items = "".join(f"<li><b>{escape(value)}</b>{escape(what)}</li>" for value, what in facts)
     return [f'<ul class="facts">{items}</ul>'] if items else []
 
 
-def _consistency(report: dict[str, Any]) -> list[str]:
-    pairs = {name: report[name] for name in TITLES if name in report}
+def _costs(consistency: dict[str, Any]) -> list[str]:
+    # a report of before it was measured
+    if "costs" not in consistency:
+        return []
+    settings = consistency["settings"]
+    note = f"Greedy generation of {settings['new_tokens']} tokens, {settings['batch_size']} prompts at once, on "
+    note += f"{consistency['device']} in {consistency['dtype']}."
+    if consistency["device"] == "cpu":
+        note += " A CPU decodes compressed weights once and keeps them beside the stored ones."
+    columns, rows = cost_table(consistency)
+    shown = [index for index in range(len(columns)) if any(row[index] is not None for row in rows)]
+    table = _table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
+    return ["<h2>Speed and memory</h2>", _note(note), table]
+
+
+def _divergence(consistency: dict[str, Any]) -> list[str]:
+    pairs = {name: consistency[name] for name in TITLES if name in consistency}
+    prompts = next(iter(pairs.values()))["generation"]["prompts"]
     parts = [
-        "<h2>Prompts without a divergence so far</h2>",
-        _figure(survival_figure(pairs)),
-        "<h2>Percentiles over tokens</h2>",
-        _table(*percentile_table(pairs)),
+        "<h2>How long greedy text stays the same</h2>",
+        _note(f"Share of {prompts} prompts without a divergence so far."),
+        figures.survival(pairs),
     ]
+    parts.append("<h2>How far next-token distributions are apart</h2>")
     for name, pair in pairs.items():
-        if examples := pair["generation"].get("examples"):
-            parts += [f"<h2>Generated, {escape(TITLES[name])}</h2>", *map(_example, examples)]
+        logits = pair["logits"]
+        parts.append(f"<h3>{escape(TITLES[name].capitalize())}</h3>")
+        if logits["bit_equal"]:
+            parts.append(_note(f"All logits over {logits['tokens']:,} tokens are equal to the bit: every number is 0."))
+            continue
+        parts.append(_note(_apart(logits)))
+        columns, rows = percentile_table({name: pair})
+        parts.append(_table([columns[0], "KL, nats", "delta p"], rows))
     return parts
 
 
-def _example(example: dict[str, Any]) -> str:
+def _apart(logits: dict[str, Any]) -> str:
+    perplexity = logits["perplexity"]
+    return (
+        f"Over {logits['tokens']:,} tokens of held-out text: perplexity {perplexity['reference']:.3f} to "
+        f"{perplexity['other']:.3f}, ratio {perplexity['ratio']:.4f} ± {perplexity['ratio_error']:.4f}; same top token "
+        f"{100 * logits['same_top']:.2f} %; tokens drawn from both can agree in {100 * logits['ear']['mean']:.2f} %."
+    )
+
+
+def _examples(consistency: dict[str, Any]) -> list[str]:
+    """What both models wrote, folded away where it is the same."""
+    parts = []
+    for name in TITLES:
+        if name not in consistency or not (examples := consistency[name]["generation"].get("examples")):
+            continue
+        shown = "".join(_example(example, MODELS[name]) for example in examples)
+        if all(example["position"] is None for example in examples):
+            words = f"{TITLES[name]}: {len(examples)} prompts, every token the same"
+            shown = f"<details><summary>{escape(words)}</summary>{shown}</details>"
+        else:
+            shown = f"<h3>{escape(TITLES[name].capitalize())}</h3>{shown}"
+        parts.append(shown)
+    return ["<h2>What they wrote</h2>", _note("The first token that differs is marked."), *parts] if parts else []
+
+
+def _example(example: dict[str, Any], reference: str) -> str:
     """A prompt, and what both models made of it, side by side."""
     at = example["position"]
-    sides = "".join(f"<p>{_marked(example[side], at)}</p>" for side in ("reference", "other"))
+    sides = "".join(
+        f"<div><h4>{escape(name)}</h4><p>{_marked(example[side], at)}</p></div>"
+        for name, side in ((reference, "reference"), ("compressed", "other"))
+    )
     return f'<blockquote>{shown(example["prompt"])}</blockquote><div class="pair">{sides}</div>'
 
 
 def _marked(pieces: Sequence[str], at: int | None) -> str:
-    """Text of some tokens, the one at `at` marked and those after it paler."""
+    """Text of some tokens, the one at `at` marked and those after it paler, cut where it says no more."""
+    end = 2 * AFTER if at is None else at + 1 + AFTER
+    more = " …" * (end < len(pieces))
     if at is None:
-        return shown("".join(pieces))
+        return shown("".join(pieces[:end])) + more
     # a token may add nothing to the text yet
     token = shown(pieces[at]) or "\u2423"
-    before, after = shown("".join(pieces[:at])), shown("".join(pieces[at + 1 :]))
+    before, after = shown("".join(pieces[:at])), shown("".join(pieces[at + 1 : end])) + more
     return f'{before}<mark>{token}</mark><span class="after">{after}</span>'
 
 
@@ -163,59 +200,63 @@ def _harness(report: dict[str, Any]) -> list[str]:
     columns, rows = score_table(report)
     # a narrow screen has no room for two columns of names
     joined = [[f"{task}, {metric}", *values] for task, metric, *values in rows]
-    parts = ["<h2>Benchmarks</h2>", _table(["task", *columns[2:]], joined)]
+    parts = ["<h2>Benchmarks</h2>", _table(*_with_errors(["task", *columns[2:]], joined))]
     if report["flips"]:
         words = {"lost": "right to wrong", "gained": "wrong to right", "changed": "another choice"}
         columns, rows = flip_table(report)
         named = [words.get(column, column) for column in columns]
-        parts += ["<h2>Items whose answer changed</h2>", _table(named, rows)]
+        parts += ["<h3>Items whose answer changed</h3>", _table(named, rows)]
     return parts
 
 
-def _sizes(exported: dict[str, Any]) -> list[str]:
-    layers = [layer for layer in exported["layers"] if layer.get("entropy") is not None]
-    rows = [[layer["name"], *layer["shape"], layer["split"], layer["entropy"], layer["bits"]] for layer in layers]
-    parts = []
-    if layers:
-        parts += ["<h2>Bits of every layer</h2>", _figure(_bits(layers))]
-        columns = ["layer", "rows", "columns", "split", "entropy", "stored bits"]
-        parts.append(f"<details><summary>all {len(rows)} layers</summary>{_table(columns, rows)}</details>")
-    return parts
+def _with_errors(columns: list[str], rows: list[list[Any]]) -> Table:
+    """A table with every column "± name" put behind the number in the column `name` before it."""
+    kept = [index for index, column in enumerate(columns) if not column.startswith("± ")]
+
+    def joined(row: list[Any], index: int) -> Any:
+        if index + 1 in kept or index + 1 == len(row) or row[index + 1] is None:
+            return row[index]
+        return f"{_cell(row[index])} ± {row[index + 1]:.2g}"
+
+    return [columns[index] for index in kept], [[joined(row, index) for index in kept] for row in rows]
+
+
+def _weights(weights: dict[str, Any]) -> list[str]:
+    modules = weights["modules"]
+    columns, rows = layer_table(weights)
+    note = "How often each weight occurs, and how often the frequency table that codes it expects it to, as shares of "
+    note += "all. A symbol that occurs has at least one slot of its table, so rare weights are expected too often."
+    return [
+        "<h2>Bits of every layer</h2>",
+        figures.layer_bits(modules),
+        f"<details><summary>all {len(rows)} layers</summary>{_table(columns, rows)}</details>",
+        "<h2>Weights against the model that codes them</h2>",
+        _note(note),
+        legend([("s1l", "counted"), ("s2", "expected by the coder")]),
+        f'<div class="grid">{"".join(map(_histogram, weights["histograms"]))}</div>',
+    ]
+
+
+def _histogram(found: dict[str, Any]) -> str:
+    layers = "1 layer" if found["modules"] == 1 else f"{found['modules']} layers"
+    note = f"{layers}: entropy {found['entropy']:.3f}, coded in {found['coded_bits']:.3f} bits"
+    return f"<div><h3>{escape(found['role'])}</h3>{_note(note)}{figures.histogram(found)}</div>"
+
+
+def _note(words: str) -> str:
+    return f'<p class="note">{escape(words)}</p>'
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(_cell(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _bits(layers: list[dict[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(range(len(layers)), [layer["bits"] for layer in layers], color="#4477aa", label="stored")
-    axes.plot(range(len(layers)), [layer["entropy"] for layer in layers], "k_", label="entropy")
-    axes.set(xlabel="layer, in the order of their names", ylabel="bits a weight")
-    axes.legend()
-    return figure
-
-
-def _figure(figure: Any) -> str:
-    """A matplotlib figure as SVG in the page; equal figures give equal text."""
-    import matplotlib
-
-    drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    # without the declarations of a file of its own
-    return f"<figure>{drawn.getvalue()[drawn.getvalue().index('<svg') :]}</figure>"
 
 
 def _origin(job: dict[str, Any]) -> str:

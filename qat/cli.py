@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qat.config import register_schemas, to_config
-from qat.errors import UserError
+from qat.errors import CheckFailed, UserError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+BUNDLED = Path(__file__).resolve().parent / "bundled"
+ROOT = BUNDLED if BUNDLED.is_dir() else BUNDLED.parent.parent
+"""Has configs/ and eval/: the repository, or where a wheel has them (pyproject.toml)."""
+CONFIG_DIR = ROOT / "configs"
 
 NOISE = ("object_type=", "reference_type=", "To append to your config", "See https://", "Config search", "provider=")
 """Lines of hydra's and omegaconf's errors that help nobody here."""
@@ -19,7 +22,8 @@ NOISE = ("object_type=", "reference_type=", "To append to your config", "See htt
 def entry_point(config_name: str, task: Callable[[Any], Any]) -> None:
     """Compose configs/<config_name>.yaml with the command line, hand the dataclass to `task`, map errors to exit codes.
 
-    Exit codes: 0 done, 1 an error that is not the user's (with traceback), 2 a mistake of the user's, 130 Ctrl-C.
+    Exit codes: 0 done, 1 an error that is not the user's (with traceback), 2 a mistake of the user's, 3 a check that
+    found something, 130 Ctrl-C.
     In a sweep a job that fails through the user's mistake does not stop the others.
     HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error too.
     """
@@ -51,13 +55,11 @@ def compose(config_name: str, *overrides: str) -> Any:
     """The config dataclass that configs/<config_name>.yaml gives with these words of a command line.
 
     Raises:
-        UserError: a value is missing, or all of configs/ is.
+        omegaconf.errors.OmegaConfBaseException: a value is missing or wrong.
     """
     import hydra
     from omegaconf import OmegaConf
 
-    if not CONFIG_DIR.is_dir():
-        raise UserError("configs/ is not installed: it comes with the repository; clone it and pip install -e there")
     register_schemas()
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -94,6 +96,14 @@ def one_line(error: BaseException) -> str:
     return said if key in said else f"{key}: {said}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a GPU or the machine has no more memory to give."""
+    # of the CPU torch has no class
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """0, or what the error that `call` raised stands for, its line printed; errors of no user's are raised.
 
@@ -103,19 +113,30 @@ def exit_code(call: Callable[[], Any], full: bool = False) -> int:
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from rans_kernels.errors import DeviceError
     from rans_kernels.format import FormatError
+    from rans_kernels.placement import BudgetError
     from yaml import YAMLError
 
+    mistakes = (UserError, FormatError, DeviceError, BudgetError, HydraException, OmegaConfBaseException, YAMLError)
     try:
         call()
         return 0
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
-    except (UserError, FormatError, HydraException, OmegaConfBaseException, YAMLError) as error:
+    except CheckFailed as failure:
+        print(f"failed: {failure}", file=sys.stderr)
+        return 3
+    except mistakes as error:
         if full:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if full or not is_out_of_memory(error):
+            raise
+        what = one_line(error) or "out of memory"
+        print(f"error: too little memory: {what}; free some, or take a smaller batch, model or dtype", file=sys.stderr)
     except OSError as error:
         if full or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise

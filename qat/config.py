@@ -336,6 +336,44 @@ class ExportConfig:
 
 
 @dataclass
+class HarnessConfig:
+    """What lm-eval's simple_evaluate takes beside tasks, limit and num_fewshot, by its names; it explains them."""
+
+    fake_quant: bool = False
+    """Run the fake-quant model too and compare log-likelihoods; it always is with a checkpoint."""
+    batch_size: Any = None
+    """A number, auto or auto:N; null takes eval's batch_size."""
+    max_batch_size: int | None = None
+    samples: Any = None
+    """Items to run, by task: {task: [0, 3]}; without `limit`."""
+    use_cache: str | None = None
+    """Folder of the responses so far: a run that was stopped goes on from them."""
+    cache_requests: bool = False
+    rewrite_requests_cache: bool = False
+    delete_requests_cache: bool = False
+    bootstrap_iters: int = 100000
+    """For standard errors; 0 computes none."""
+    check_integrity: bool = False
+    write_out: bool = False
+    system_instruction: str | None = None
+    apply_chat_template: Any = False
+    """Whether, or the name of the template."""
+    fewshot_as_multiturn: bool = True
+    gen_kwargs: Any = None
+    """For tasks that generate: {temperature: 0.7, do_sample: true}."""
+    predict_only: bool = False
+    """Keep what models answer and score nothing; with log_samples."""
+    random_seed: int = 0
+    numpy_random_seed: int = 1234
+    torch_random_seed: int = 1234
+    fewshot_random_seed: int = 1234
+    confirm_run_unsafe_code: bool = False
+    metadata: Any = None
+    model_args: Any = None
+    """More for lm-eval's HFLM: {max_length: 2048, add_bos_token: true}."""
+
+
+@dataclass
 class EvalConfig:
     """Everything eval/consistency.py and eval/harness.py take."""
 
@@ -351,7 +389,7 @@ class EvalConfig:
     dtype: str = "auto"
     """auto: float32 on CPU; on a GPU bfloat16 where it has it."""
     text: Any = None
-    """Held-out text for prompts and perplexity, as data.valid."""
+    """Held-out text for prompts and perplexity, as data.valid; the file that the task text_perplexity reads."""
     text_key: str = "text"
     separator: str = "<|endoftext|>"
     prompts: int = 100
@@ -361,13 +399,18 @@ class EvalConfig:
     windows: int | None = 128
     """Windows of text for logits and perplexity."""
     batch_size: int = 16
+    modes: Any = None
+    """Ways of running to compare: all, or some of those of eval/modes.py; null compares the eager run alone."""
+    floor: bool = True
+    """Compare the base with itself in other batches, which tells how far rounding alone takes it."""
     tasks: Any = None
     """lm-eval tasks: names of eval/tasks/*.yaml, of lm-eval's own, or paths of YAML files."""
     data_dir: str | None = None
-    """Folder of the jsonl files that the local tasks read."""
-    limit: int | None = None
-    """Items a task."""
+    """Folder of the jsonl files that the local tasks read; of a single task, its file."""
+    limit: float | None = None
+    """Items a task; below 1 a share of them."""
     num_fewshot: int | None = None
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     log_samples: bool = False
     """Keep every item of the lm-eval tasks with the model's answer, as samples_*.jsonl in `output`."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rans_kernels.checkpoint import FolderWriter, LayerEntry, open_shard, quantization_config, shard_of
+from rans_kernels.checkpoint import (
+    FolderWriter,
+    LayerEntry,
+    open_shard,
+    quantization_config,
+    shard_of,
+    tensor_crc32,
+)
 from rans_kernels.coder import (
     EncodedTensor,
     byte_histogram,
@@ -33,7 +40,16 @@ from qat.checkpoint import read_checkpoint
 from qat.config import ExportConfig, Lossless, QuantConfig, to_plain
 from qat.errors import UserError
 from qat.model_card import model_card
-from qat.quant import QATEmbedding, QATLinear, exact_modules, grid, prepare, quantize_weight, quantized_modules
+from qat.quant import (
+    QATEmbedding,
+    QATLinear,
+    exact_modules,
+    grid,
+    is_transposed,
+    prepare,
+    quantize_weight,
+    quantized_modules,
+)
 from qat.report import log_to_wandb, print_table, size_totals, track, write_json
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt", "chat_template*")
@@ -114,6 +130,7 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"{config.source} has no tensor {missing[0]}: its names differ from those of the architecture")
     layers: dict[str, LayerEntry] = {}
     report: list[dict[str, Any]] = []
+    plain: dict[str, int] = {}
     # not stored, because they are another tensor: transformers ties the head again on load
     passed = {f"{head}.weight" for head in tied}
     if getattr(hf_config, "tie_word_embeddings", False):
@@ -129,6 +146,7 @@ def export(config: ExportConfig) -> Path:
             elif key not in passed and not key.endswith(".weight_log2_scale"):
                 tensor = store_as(source.read(key), dtype)
                 writer.add({key: tensor})
+                plain[key] = tensor_crc32(tensor)
                 report.append(plain_row(key, tensor))
         data = hf_config.to_dict()
         # a place on this machine
@@ -139,15 +157,15 @@ def export(config: ExportConfig) -> Path:
             data["tie_word_embeddings"] = False
         producer = f"codecllm {version('codecllm')}"
         data["quantization_config"] = quantization_config(
-            layers, tied, to_plain(source.quant), config.profile.value, producer
+            layers, tied, to_plain(source.quant), config.profile.value, producer, plain
         )
         copy_companions(source.folder, writer.folder)
         summary = summarise(report) | {
-            "source": config.source, "step": source.step, "profile": config.profile.value,
+            "source": config.source, "base": source.base, "step": source.step, "profile": config.profile.value,
             "seconds": round(time.perf_counter() - begin, 2),
         }  # fmt: skip
         write_json(writer.folder / "export_report.json", {"summary": summary, "layers": report})
-        (writer.folder / "README.md").write_text(model_card(source.base, summary, data))
+        (writer.folder / "README.md").write_text(model_card(output.name, summary, data))
         writer.finish(data, config.overwrite)
     print_report(output, summary, report)
     log_to_wandb(config.logger, output, "export", summary, {"layers": layer_table(report)}, model=output)
@@ -223,11 +241,15 @@ def export_layer(
     """Code and verify one weight, rounded to integers if it is to be: its row of the report, its entry, its buffers."""
     begin = time.perf_counter()
     bias = getattr(module, "bias", None) is not None
+    transposed = is_transposed(module)
+    weight = source.read(f"{name}.weight")
+    if transposed:
+        weight = weight.t().contiguous()
     if isinstance(module, QATLinear | QATEmbedding):
-        weights, scale, layout, facts = plan_integers(name, source, config, bias)
+        weights, scale, layout, facts = plan_integers(name, weight, source, config, bias)
         group_size = grid(source.quant)[1]
     else:
-        weights, layout, facts = plan_floats(name, source, config, dtype)
+        weights, layout, facts = plan_floats(name, weight, config, dtype)
         scale, group_size = torch.ones(1, 1), None
     if config.units is not None:
         layout = replace(layout, units=config.units)
@@ -236,7 +258,7 @@ def export_layer(
     encoded = encode_tiles(weights, layout, config.workers)
     verify(name, weights, encoded, config.workers)
     kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
-    entry, buffers = LayerEntry.describe(kind, encoded, scale, group_size, bias)
+    entry, buffers = LayerEntry.describe(kind, encoded, scale, group_size, bias, transposed)
     row = {
         "name": name,
         "kind": kind,
@@ -256,12 +278,12 @@ def export_layer(
 
 
 def plan_integers(
-    name: str, source: Source, config: ExportConfig, bias: bool
+    name: str, weight: Tensor, source: Source, config: ExportConfig, bias: bool
 ) -> tuple[np.ndarray, Tensor, TileLayout, dict[str, float]]:
-    """A weight rounded to int8 [N, K], its scales, how to code it, and its entropy and share of clipped weights."""
+    """A weight [N, K] rounded to int8, its scales, how to code it, and its entropy and share of clipped weights."""
     log2_key = f"{name}.weight_log2_scale"
     log2_scale = source.read(log2_key) if log2_key in source.names else None
-    q, scale = quantize_weight(source.read(f"{name}.weight"), source.quant, log2_scale, f"{name}.weight")
+    q, scale = quantize_weight(weight, source.quant, log2_scale, f"{name}.weight")
     weights, (qmax, _) = q.numpy(), grid(source.quant)
     counts = weight_histogram(weights)
     clipped = float(counts[[128 - qmax, 128 + qmax]].sum() / weights.size)
@@ -271,14 +293,14 @@ def plan_integers(
 
 
 def plan_floats(
-    name: str, source: Source, config: ExportConfig, dtype: torch.dtype | None
+    name: str, weight: Tensor, config: ExportConfig, dtype: torch.dtype | None
 ) -> tuple[np.ndarray, TileLayout, dict[str, float]]:
-    """The bits of a weight, uint16 [N, K], how to code them, and their entropy: the high byte's, and 8.
+    """The bits of a weight [N, K], uint16, how to code them, and their entropy: the high byte's, and 8.
 
     Raises:
         UserError: it is no 16-bit float, and `dtype` does not make it one.
     """
-    weight = store_as(source.read(f"{name}.weight"), dtype)
+    weight = store_as(weight, dtype)
     kind = str(weight.dtype).removeprefix("torch.")
     if kind not in FLOATS:
         raise UserError(

@@ -1,11 +1,9 @@
 """A compressed folder written again in formats that need nothing of ours: plain floats, or compressed-tensors' INT8.
 
 Works weight by weight, as export does: memory holds one weight and one shard, and the folder appears under its name
-only when complete. `python -m qat.interop SOURCE OUTPUT --to plain` and `--to compressed-tensors` (docs/interop.md).
+only when complete (docs/interop.md).
 """
 
-import argparse
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from rans_kernels.checkpoint import FolderWriter, LayerEntry, iterate_plain, ite
 from rans_kernels.dense import dequantize
 from torch import Tensor, nn
 
-from qat.cli import exit_code
 from qat.errors import UserError
 from qat.export import check_replaceable, copy_companions, parse_dtype, parse_size, store_as
 
@@ -112,11 +109,13 @@ def _pack(weights: np.ndarray, scale: Tensor) -> dict[str, Tensor]:
 
 
 def _unpacked(entry: LayerEntry, weights: np.ndarray, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The floats [N, K] that a layer of `dtype` computes with, of integers or of floats coded without loss."""
+    """The floats that a layer of `dtype` computes with, of integers or of floats coded without loss, in stock shape."""
     stored = torch.from_numpy(weights)
     if entry.layout.is_float:
-        return stored.view(getattr(torch, entry.layout.dtype)).to(dtype)
-    return dequantize(stored, scale, dtype, entry.group_size)
+        floats = stored.view(getattr(torch, entry.layout.dtype)).to(dtype)
+    else:
+        floats = dequantize(stored, scale, dtype, entry.group_size)
+    return floats.t().contiguous() if entry.transposed else floats
 
 
 def _linear_layers(source: Path) -> tuple[set[str], str | None]:
@@ -144,7 +143,7 @@ def _rewrite(
     """Write the folder: the layers of `packed` as integers, the rest as floats; `block` says so in config.json."""
     output = Path(output).expanduser()
     if output.exists() and not overwrite:
-        raise UserError(f"{output} exists: choose another name or overwrite it")
+        raise UserError(f"{output} exists: choose another name or say --overwrite")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the folder to read: choose another name")
     if output.exists():
@@ -171,24 +170,3 @@ def _rewrite(
     dense = len(parse_layers(coded)) - len(packed)
     print(f"{output}: {len(packed)} weights as INT8, {dense} as {config['dtype']}")
     return output
-
-
-FORMATS = {"plain": to_plain, "compressed-tensors": to_compressed_tensors}
-
-
-def main() -> None:
-    """Entry point; exit codes as those of `qat.cli.entry_point`."""
-    parser = argparse.ArgumentParser(prog="python -m qat.interop", description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="compressed folder")
-    parser.add_argument("output", help="folder to make")
-    parser.add_argument("--to", required=True, choices=FORMATS)
-    parser.add_argument("--dtype", default="bfloat16", help="of every float: float32, bfloat16, float16, auto")
-    parser.add_argument("--shard-size", default="5GB")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    given = parser.parse_args()
-    write = FORMATS[given.to]
-    sys.exit(exit_code(lambda: write(given.source, given.output, given.dtype, given.overwrite, given.shard_size)))
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -166,8 +167,10 @@ def log_to_wandb(
     job: str,
     summary: dict[str, Any],
     tables: Mapping[str, tuple[Sequence[str], Iterable[Sequence[Any]]]],
-    images: dict[str, Path] | None = None,
+    images: Mapping[str, Path] | None = None,
     model: Path | None = None,
+    page: Path | None = None,
+    histograms: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
 ) -> None:
     """Log one finished job to W&B as a run of its own; does nothing, and imports nothing, when disabled.
 
@@ -180,6 +183,8 @@ def log_to_wandb(
         images: PNG files by name.
         model: a folder that the run is about, and that it leaves as it is: W&B's data are kept beside it. With
             `config.artifact` it becomes an artifact with `summary` as its metadata.
+        page: an HTML file that shows all of it, logged as `report`.
+        histograms: counts and the edges of their bins, one more, by name.
 
     Raises:
         UserError: W&B refuses (nobody is logged in, no such entity). Write the report first.
@@ -211,6 +216,10 @@ def log_to_wandb(
             run.log({name: table})
         for name, path in (images or {}).items():
             run.log({name: wandb.Image(str(path))})
+        for name, (counts, edges) in (histograms or {}).items():
+            run.log({name: wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))})
+        if page is not None:
+            run.log({"report": wandb.Html(page, inject=False)})
         if model is not None and config.artifact:
             log_model(run, model.resolve().name, model, [path for path in model.rglob("*") if path.is_file()], summary)
 

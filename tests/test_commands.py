@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import rans_kernels
 import rans_kernels.checkpoint
+import rans_kernels.hf
 import torch
 from rans_kernels.checkpoint import shard_of
+from rans_kernels.errors import DeviceError
+from rans_kernels.placement import BudgetError, place
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import qat.cli
-from qat.commands import COMMANDS, evaluate, main
+from qat.cli import exit_code
+from qat.commands import COMMANDS, main
 from qat.config import ExportConfig, Granularity, Lossless, Profile, QuantConfig
 from qat.export import export
 from qat.inference import generate_greedy
@@ -157,6 +160,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: flip(f, f"{LAYER}.weight_words"),
         [f"{LAYER}.weight_words is altered", "copy or export"],
     ),
+    "byte of a plain tensor altered": (lambda f: flip(f, NORM), [f"{NORM} is altered", "copy or export"]),
     "scale altered": (lambda f: flip(f, f"{LAYER}.weight_scale"), [f"{LAYER}.weight_scale is altered"]),
     "tile damaged": (spoil, [LAYER, "tile 0 is damaged"]),
     "plain tensor lost": (lambda f: edit_shard(f, NORM, lambda t: t.pop(NORM)), [f"missing {NORM}", "copy or export"]),
@@ -239,18 +243,19 @@ def test_whatever_export_writes_is_whole(
     assert codecllm("verify", export(config))[0] == 0
 
 
-def test_verify_cannot_see_altered_bytes_of_plain_tensors(
+def test_verify_cannot_see_altered_bytes_of_plain_tensors_without_checksums(
     folder: Path, codecllm: Callable[..., tuple[int, str, str]]
 ) -> None:
     # docs/cli.md says so
     flip(folder, NORM)
+    edit_config(folder, lambda q: q.pop("crc32"))
     assert codecllm("verify", folder)[0] == 0
 
 
 def test_a_model_that_was_loaded_and_saved_again_is_whole(
     exported: Path, tmp_path: Path, codecllm: Callable[..., tuple[int, str, str]]
 ) -> None:
-    rans_kernels.load(exported).save_pretrained(tmp_path / "again")
+    rans_kernels.load(exported, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
     assert codecllm("verify", tmp_path / "again")[0] == 0
     code, out, _ = codecllm("inspect", tmp_path / "again", "--json")
     assert code == 0
@@ -314,7 +319,8 @@ def test_compress_writes_what_export_writes(
     assert codecllm("compress", source, output, *words, "--set", "shard_size=30KB")[0] == 0
     names = {path.name for path in exported.iterdir()}
     assert {path.name for path in output.iterdir()} == names
-    for name in names - {"export_report.json"}:
+    # the model card calls the folder by its name
+    for name in names - {"export_report.json", "README.md"}:
         assert (output / name).read_bytes() == (exported / name).read_bytes()
 
 
@@ -391,6 +397,12 @@ def test_generate_prints_the_models_greedy_text(
     until = tokens.tolist().index(0) if 0 in tokens else len(tokens)
     expected = tokenizer.decode(tokens[:until])
     assert codecllm("generate", path, "--prompt", PROMPT, "--tokens", 20) == (0, f"{expected}\n", "")
+    with pytest.raises(BudgetError) as error:
+        place(model, 1e-9, torch.device("cpu"), 3)
+    for offload in ("host", "disk"):
+        words = ("--prompt", PROMPT, "--tokens", 20, "--device", "cpu", "--offload", offload)
+        words = (*words, "--budget", error.value.least / 1e9)
+        assert codecllm("generate", path, *words) == (0, f"{expected}\n", "")
 
 
 def test_generate_reads_standard_input_and_repeats_a_seed(
@@ -423,6 +435,8 @@ def test_generate_reads_standard_input_and_repeats_a_seed(
         (["--prompt", "a", "--top-p", "0"], ["--top-p 0"]),
         (["--prompt", "a", "--device", "tpu9"], ["device=tpu9", "auto"]),
         (["--prompt", "a", "--dtype", "int8"], ["dtype=int8", "bfloat16"]),
+        (["--prompt", "a", "--budget", "none"], ["--budget", "GB above 0"]),
+        (["--prompt", "a", "--budget", "1e-6"], ["budget of 1e-06 GB is too small", "give that or more"]),
     ],
 )
 def test_mistakes_of_generate_are_one_line(
@@ -446,6 +460,40 @@ def test_generate_says_what_a_folder_lacks(folder: Path, mistake: Callable[..., 
     assert "no folder" in mistake("generate", folder / "nowhere", "--prompt", "a")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB"),
+            ["2.00 GiB", "free"],
+        ),
+        (MemoryError(), ["too little memory"]),
+        (DeviceError("an old GPU: use the CPU"), ["an old GPU"]),
+    ],
+)
+def test_a_machine_that_is_too_small_is_one_line(
+    error: Exception, words: list[str], exported: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rans_kernels.hf, "load", fail)
+    line = mistake("generate", exported, "--prompt", "a")
+    assert all(word in line for word in words)
+
+
+def test_memory_that_the_machine_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: torch.empty(1 << 60, dtype=torch.uint8)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: too little memory: ") and "allocate" in line
+    with pytest.raises(RuntimeError, match="of no user"):
+        exit_code(lambda: fail_with(RuntimeError("of no user")))
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_one_line(exported: Path, mistake: Callable[..., str]) -> None:
     assert "device=cuda is not there" in mistake("generate", exported, "--prompt", "a", "--device", "cuda")
@@ -466,13 +514,27 @@ def test_eval_hands_its_words_over(
     assert message in mistake("eval", program, word, "output=reports")
 
 
-def test_compress_and_eval_need_the_repository(
-    source: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("passed", "code"), [(False, 3), (True, 0), (None, 0)])
+@pytest.mark.parametrize("program", ["consistency", "lm-eval"])
+def test_a_broken_promise_has_an_exit_code_of_its_own(
+    program: str,
+    passed: bool | None,
+    code: int,
+    tmp_path: Path,
+    codecllm: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (qat.cli, evaluate):
-        monkeypatch.setattr(module, "CONFIG_DIR", tmp_path / "configs")
-    assert "comes with the repository" in mistake("compress", source, tmp_path / "out")
-    assert "comes with the repository" in mistake("eval", "consistency", "compressed=a", "output=b")
+    import eval.consistency
+    import eval.harness
+
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.chdir(tmp_path)
+    for module, function in ((eval.consistency, "consistency"), (eval.harness, "harness")):
+        monkeypatch.setattr(module, function, lambda config: {"passed": passed})
+    found, _, err = codecllm("eval", program, "compressed=a", "output=reports")
+    assert found == code
+    assert err.startswith("failed: the compressed model") == (code == 3) and err.count("\n") == (code == 3)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,8 +1,7 @@
 """rANS-compressed INT8 weights, and 16-bit floats without loss: codec, kernels and runtime.
 
-`import rans_kernels` makes `AutoModelForCausalLM.from_pretrained` read compressed folders, and peft put LoRA on them.
-The import itself costs nothing: torch, transformers and peft are waited for or loaded when first needed, so that
-`rans_kernels.format` works with numpy alone.
+`import rans_kernels` makes `AutoModelForCausalLM.from_pretrained` read compressed folders. The import itself costs
+nothing: torch and transformers are loaded when first needed, so that `rans_kernels.format` works with numpy alone.
 """
 
 import importlib
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["CompressedEmbedding", "CompressedLinear", "load"]
 
 _LAZY = {"load": "hf", "CompressedLinear": "linear", "CompressedEmbedding": "linear"}
-_REGISTERS = {"transformers.quantizers.auto": "hf", "peft.tuners.lora.model": "lora"}
-"""Modules of others, and of ours that registers itself with it."""
+_HOOKS = {"transformers.quantizers.auto": "rans_kernels.hf", "peft.tuners.lora.model": "rans_kernels.lora"}
+"""Modules of others, and ours that register something there."""
 
 
 def __getattr__(name: str) -> Any:
@@ -30,14 +29,14 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"rans_kernels.{_LAZY[name]}"), name)
 
 
-class _RegisterAfterImport(MetaPathFinder, Loader):
-    """Imports a module of ours, which registers itself, as soon as the one it registers with has been imported."""
+class _ImportAfter(MetaPathFinder, Loader):
+    """Imports a module of ours as soon as another has been imported."""
 
-    def __init__(self, other: str, ours: str):
-        self._other, self._ours = other, ours
+    def __init__(self, theirs: str, ours: str):
+        self.theirs, self.ours = theirs, ours
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != self._other:
+        if fullname != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -52,11 +51,11 @@ class _RegisterAfterImport(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[union-attr]
         self._loader.exec_module(module)
-        importlib.import_module(f"rans_kernels.{self._ours}")
+        importlib.import_module(self.ours)
 
 
-for _other, _ours in _REGISTERS.items():
-    if _other in sys.modules:
-        importlib.import_module(f"rans_kernels.{_ours}")
+for _theirs, _ours in _HOOKS.items():
+    if _theirs in sys.modules:
+        importlib.import_module(_ours)
     else:
-        sys.meta_path.insert(0, _RegisterAfterImport(_other, _ours))
+        sys.meta_path.insert(0, _ImportAfter(_theirs, _ours))

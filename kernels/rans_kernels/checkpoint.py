@@ -40,6 +40,7 @@ class LayerEntry:
         group_size: columns that share a scale, or None.
         bias: whether the layer has one; it is stored plainly.
         crc32: checksum of each stored buffer, by name.
+        transposed: whether the architecture's own weight is [K, N], that of a Conv1D.
     """
 
     kind: str
@@ -49,10 +50,23 @@ class LayerEntry:
     group_size: int | None
     bias: bool
     crc32: dict[str, int]
+    transposed: bool = False
+
+    @property
+    def stock_shape(self) -> tuple[int, int]:
+        """Shape of the weight that the architecture has."""
+        n, k = self.layout.shape
+        return (k, n) if self.transposed else (n, k)
 
     @classmethod
     def describe(
-        cls, kind: str, encoded: EncodedTensor, scale: Tensor, group_size: int | None, bias: bool
+        cls,
+        kind: str,
+        encoded: EncodedTensor,
+        scale: Tensor,
+        group_size: int | None,
+        bias: bool,
+        transposed: bool = False,
     ) -> tuple["LayerEntry", dict[str, Tensor]]:
         """The entry of an encoded weight, and its buffers."""
         buffers = {
@@ -64,7 +78,8 @@ class LayerEntry:
         }
         sums = {name: crc32(buffer.numpy()) for name, buffer in buffers.items()}
         shape = (scale.shape[0], scale.shape[1])
-        return cls(kind, encoded.layout, len(encoded.words), shape, group_size, bias, sums), buffers
+        entry = cls(kind, encoded.layout, len(encoded.words), shape, group_size, bias, sums, transposed)
+        return entry, buffers
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json."""
@@ -76,6 +91,7 @@ class LayerEntry:
             "group_size": self.group_size,
             "bias": self.bias,
             "crc32": self.crc32,
+            **({"transposed": True} if self.transposed else {}),
         }
 
     @classmethod
@@ -92,7 +108,7 @@ class LayerEntry:
             sums = {name: int(data["crc32"][name]) for name in BUFFERS}
             entry = cls(
                 str(data["kind"]), layout, int(data["word_rows"]), (scale_n, scale_groups),
-                None if size is None else int(size), bool(data["bias"]), sums,
+                None if size is None else int(size), bool(data["bias"]), sums, bool(data.get("transposed", False)),
             )  # fmt: skip
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise FormatError(f"a layer's entry in config.json is damaged: {error!r}") from error
@@ -107,7 +123,12 @@ class LayerEntry:
 
 
 def quantization_config(
-    layers: dict[str, LayerEntry], tied: dict[str, str], quant: dict[str, Any], profile: str, producer: str
+    layers: dict[str, LayerEntry],
+    tied: dict[str, str],
+    quant: dict[str, Any],
+    profile: str,
+    producer: str,
+    plain: dict[str, int],
 ) -> dict[str, Any]:
     """The `quantization_config` block of config.json.
 
@@ -117,6 +138,7 @@ def quantization_config(
         quant: the QuantConfig the integers were made with, as plain data.
         profile: compact, fast or auto.
         producer: name and version of the program that wrote it.
+        plain: checksum of every tensor that is not compressed.
     """
     return {
         "quant_method": QUANT_METHOD,
@@ -125,6 +147,7 @@ def quantization_config(
         "profile": profile,
         "quant": quant,
         "tied": tied,
+        "crc32": plain,
         "layers": {name: entry.to_json() for name, entry in layers.items()},
     }
 
@@ -163,6 +186,23 @@ def parse_tied(config: dict[str, Any], layers: dict[str, LayerEntry]) -> dict[st
         if not isinstance(source, str) or source not in layers or layers[source].kind != "embedding":
             raise FormatError(f"{head} is tied to {source}, which is no compressed embedding")
     return tied
+
+
+def tensor_crc32(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes, of any dtype."""
+    return crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def check_plain(folder: Path) -> None:
+    """Compare the checksums of tensors that are not compressed, as far as config.json has them.
+
+    Raises:
+        FormatError: naming the tensor that differs.
+    """
+    sums = _table(read_config(folder)["quantization_config"], "crc32")
+    for name, tensor in iterate_plain(folder):
+        if name in sums and tensor_crc32(tensor) != sums[name]:
+            raise FormatError(f"{name} is altered: its checksum differs; copy or export the folder again")
 
 
 def _table(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Before the weights are loaded, the linear layers and embeddings that config.json
 buffers have the names and shapes of the stored tensors; transformers then loads them like any others.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from rans_kernels.checkpoint import (
 )
 from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedEmbedding, CompressedLinear, CompressedWeight, TiedLinear
+from rans_kernels.streaming import Streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
 
 @register_quantization_config(QUANT_METHOD)
 class CodecConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed folder, kept as it was read."""
+    """The `quantization_config` of a compressed folder, kept as it was read but for checksums of plain tensors."""
 
     def __init__(self, **kwargs: Any):
         """Args: kwargs: the block of config.json, see docs/format.md."""
         self.quant_method = kwargs.pop("quant_method", QUANT_METHOD)
+        # what is not compressed may change, in dtype if nothing else, before it is saved again
+        kwargs.pop("crc32", None)
         for key, value in kwargs.items():
             setattr(self, key, value)
 
@@ -65,10 +69,11 @@ class CodecQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.layers = quantization_config.layers_parsed
         self.tied = quantization_config.tied_heads
+        self.is_streamed = False
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for name, entry in self.layers.items():
-            replace_module(model, name, module_for(entry))
+            replace_module(model, name, module_for(entry), entry.stock_shape)
         for head, source in self.tied.items():
             replace_module(model, head, TiedLinear(model.get_submodule(source)))
 
@@ -87,13 +92,13 @@ class CodecQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top can be trained; compressed weights stay as they are."""
+        """Adapters can be trained on top (rans_kernels/lora.py); weights stay as they are."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """`generate` may compile the model."""
-        return True
+        """`generate` may compile the model, unless its weights are streamed."""
+        return not self.is_streamed
 
 
 def module_for(entry: LayerEntry) -> CompressedWeight:
@@ -103,8 +108,8 @@ def module_for(entry: LayerEntry) -> CompressedWeight:
     return CompressedLinear(entry.layout, entry.word_rows, entry.scale_shape, entry.group_size, entry.bias)
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of another whose weight has the same shape.
+def replace_module(model: nn.Module, name: str, new: nn.Module, shape: tuple[int, int] | None = None) -> None:
+    """Put a module in the place of another, whose weight has this shape unless it is None.
 
     Raises:
         FormatError: the model has none of that name, or of another shape.
@@ -114,22 +119,31 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         old = model.get_submodule(name)
     except AttributeError as error:
         raise FormatError(f"config.json lists {name}, which a {type(model).__name__} does not have") from error
-    shape = tuple(getattr(old.weight, "shape", ()))
-    if isinstance(new, CompressedWeight) and shape != new.layout.shape:
-        raise FormatError(f"{name} is listed with shape {new.layout.shape}, the model has {shape}")
+    found = tuple(getattr(old.weight, "shape", ()))
+    if shape is not None and found != shape:
+        raise FormatError(f"{name} is listed with shape {shape}, the model has {found}")
     setattr(model.get_submodule(parent), child, new)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    budget: float | None = None,
+    offload: str = "host",
+) -> "PreTrainedModel":
     """Load a compressed folder, in eval mode.
 
     Args:
         folder: written by export.
         device: where it goes.
         dtype: of activations and of what is not compressed; None takes the stored one.
+        budget: GB (1e9 bytes) that weights may take there, the others are streamed (streaming.py); None is no limit.
+        offload: where streamed weights wait: `host` or `disk`.
 
     Raises:
         FormatError: not such a folder, another version, a missing, truncated or altered file.
+        BudgetError: the budget is too small, or the device's memory.
     """
     from transformers import AutoModelForCausalLM
 
@@ -152,8 +166,5 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         raise FormatError(f"the weights of {folder} do not fit its config.json: {problems}")
-    model = model.to(device).eval()
-    for module in model.modules():
-        if isinstance(module, CompressedWeight):
-            module.prepare()
+    Streamer(model.eval(), math.inf if budget is None else budget, device, offload).enable()
     return model

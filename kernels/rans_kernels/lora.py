@@ -51,8 +51,8 @@ class CompressedLoraLinear(Linear):
             ValueError: always.
         """
         raise ValueError(
-            "an adapter cannot be merged into compressed weights: keep it beside them, or load it on the plain model "
-            "that `python -m qat.interop FOLDER PLAIN --to plain` writes, and merge it there"
+            "an adapter cannot be merged into compressed weights: keep it beside them, or merge it into the plain "
+            "model (codecllm interop --to plain) and compress that"
         )
 
 

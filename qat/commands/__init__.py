@@ -1,4 +1,4 @@
-"""Compress language models, look into compressed folders, check them, run them."""
+"""Train and compress language models, look into compressed folders, check them, run them."""
 
 import argparse
 import os
@@ -8,9 +8,17 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from qat.cli import exit_code
-from qat.commands import compress, evaluate, generate, inspect, verify
+from qat.commands import compress, evaluate, generate, inspect, interop, train, verify
 
-COMMANDS = {"compress": compress, "inspect": inspect, "verify": verify, "generate": generate, "eval": evaluate}
+COMMANDS = {
+    "train": train,
+    "compress": compress,
+    "inspect": inspect,
+    "verify": verify,
+    "generate": generate,
+    "eval": evaluate,
+    "interop": interop,
+}
 """Each has `add_arguments` and `run`, and its docstring is its help."""
 
 

@@ -1,9 +1,9 @@
 """Compare a compressed model with those it came from, or run lm-eval tasks.
 
 The words that follow are those of `python -m eval.consistency` and `python -m eval.harness`; `--help` behind either
-lists them. Needs the repository: an installed package has no `eval`.
+lists them. Exits with 3 where the compressed model is not what it promises to be.
 
-  codecllm eval consistency compressed=compressed/model base=my/model text=my/valid.txt output=reports/model
+  codecllm eval consistency compressed=compressed/model base=my/model text=my/valid.txt output=reports/model modes=all
   codecllm eval lm-eval compressed=compressed/model tasks=[arc_easy] limit=200 output=reports/model
 """
 
@@ -11,10 +11,9 @@ import argparse
 import sys
 from importlib import import_module
 
-from qat.cli import CONFIG_DIR, entry_point
-from qat.errors import UserError
+from qat.cli import ROOT, entry_point
 
-PROGRAMS = {"consistency": ("eval.consistency", "consistency"), "lm-eval": ("eval.harness", "harness")}
+PROGRAMS = {"consistency": ("eval.consistency", "check"), "lm-eval": ("eval.harness", "check")}
 """Module and function of each."""
 
 
@@ -25,15 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Hand the words over to the program, which exits.
-
-    Raises:
-        UserError: there is no such program here.
-    """
-    root = CONFIG_DIR.parent
-    if not (root / "eval").is_dir():
-        raise UserError("eval is not installed: it comes with the repository; clone it and pip install -e there")
-    sys.path.insert(0, str(root))
+    """Hand the words over to the program, which exits."""
+    sys.path.insert(0, str(ROOT))
     module, task = PROGRAMS[arguments.program]
     # hydra reads the command line by itself
     sys.argv = [f"codecllm eval {arguments.program}", *arguments.words]

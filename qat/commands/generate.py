@@ -4,15 +4,17 @@ Prints what the model adds, as it comes. Greedy unless --temperature or --top-p 
 generation_config.json are left out, but for its end-of-text tokens.
 
   codecllm generate compressed/model --prompt "Once upon a time" --tokens 100
+  codecllm generate compressed/model --prompt "Once upon a time" --budget 3
   codecllm generate compressed/model --prompt - --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.commands.values import count
+from qat.commands.values import count, gigabytes
 from qat.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="at most so many new ones (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto (float32 on the CPU), float32, bfloat16 or float16")
+    parser.add_argument("--budget", type=gigabytes, metavar="GB", help="of weights on the device; others are streamed")
+    parser.add_argument("--offload", default="host", choices=["host", "disk"], help="where those wait (%(default)s)")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample; 0 is greedy")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of so much together")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
@@ -38,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: no such folder or device, an empty prompt, values out of range, more tokens than the model takes.
         rans_kernels.format.FormatError: a damaged folder.
+        rans_kernels.placement.BudgetError: too little memory.
     """
     if not Path(arguments.folder).expanduser().is_dir():
         raise UserError(f"{arguments.folder} is no folder: give a compressed or a plain Hugging Face folder")
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             "model it was made from into it"
         ) from error
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    model: Any = load(arguments.folder, compressed, device, dtype)
+    model: Any = load(arguments.folder, compressed, device, dtype, arguments.budget, arguments.offload)
     check_length(model, inputs["input_ids"].shape[1], arguments.tokens)
     own = model.generation_config
     stop = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -111,14 +116,18 @@ def sampling_settings(temperature: float | None, top_p: float | None) -> dict[st
     return {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": 0}
 
 
-def load(folder: str, compressed: bool, device: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
-    """A compressed or plain model, in eval mode.
+def load(
+    folder: str, compressed: bool, device: "torch.device", dtype: "torch.dtype", budget: float | None, offload: str
+) -> "PreTrainedModel":
+    """A compressed or plain model, in eval mode, streamed if there is a budget.
 
     Raises:
         UserError: a plain folder that does not load.
         rans_kernels.format.FormatError: a compressed folder that does not.
+        rans_kernels.placement.BudgetError: too little memory.
     """
     import rans_kernels
+    from rans_kernels.streaming import Streamer
     from transformers.utils import logging as hf_logging
 
     from qat.model import load_model
@@ -126,9 +135,10 @@ def load(folder: str, compressed: bool, device: "torch.device", dtype: "torch.dt
     path = Path(folder).expanduser()
     if compressed:
         hf_logging.disable_progress_bar()
-        return rans_kernels.load(path, device, dtype)
+        return rans_kernels.load(path, device, dtype, budget, offload)
     model: Any = load_model(path, dtype)
-    return model.to(device)
+    Streamer(model, math.inf if budget is None else budget, device, offload).enable()
+    return model
 
 
 def check_length(model: "PreTrainedModel", prompt: int, new: int) -> None:

@@ -1,7 +1,7 @@
 """Check a compressed folder, all of it, and stop at the first fault.
 
-config.json and the index, every shard and the names and shapes in it, then layer by layer the checksums of all
-compressed tensors and every tile decoded. Tensors that are not compressed have no checksums.
+config.json and the index, every shard and the names and shapes in it, the checksums of tensors that are not
+compressed, then layer by layer those of the compressed ones, and every tile decoded.
 
   codecllm verify compressed/model
 """
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: no such folder, or tensors that are not those of the architecture.
         rans_kernels.format.FormatError: anything else that is wrong.
     """
-    from rans_kernels.checkpoint import iterate_weights
+    from rans_kernels.checkpoint import check_plain, iterate_weights
 
     from qat.commands.folder import open_folder
     from qat.model import check_weights
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_weights(folder.path, plain_shapes(folder))
     except UserError as error:
         raise UserError(f"{error}: copy or export the folder again") from error
+    check_plain(folder.path)
     tiles = 0
     layers = iterate_weights(folder.path, arguments.workers)
     for _, entry, _, _ in track(layers, "verify", total=len(folder.layers)):
@@ -62,6 +63,6 @@ def plain_shapes(folder: "Folder") -> dict[str, "Tensor"]:
     import torch
 
     shapes = {name: tensor.shape for name, tensor in folder.plain.items()}
-    shapes |= {f"{name}.weight": entry.layout.shape for name, entry in folder.layers.items()}
+    shapes |= {f"{name}.weight": entry.stock_shape for name, entry in folder.layers.items()}
     shapes |= {f"{head}.weight": folder.layers[source].layout.shape for head, source in folder.tied.items()}
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.config import Granularity, QuantConfig, Rounding, ScaleRule
 from qat.errors import UserError
 from qat.quant.fake_quant import quantize
-from qat.quant.modules import QATEmbedding, QATLinear, QATModule
+from qat.quant.modules import QATEmbedding, QATLinear, QATModule, is_conv1d
 from qat.quant.scales import grid, weight_scale
 
 
@@ -40,17 +40,16 @@ def check_config(config: QuantConfig) -> None:
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     """Swap layers for fake-quantising ones, in place; they start switched on.
 
-    Linear layers (nn.Linear itself, no subclass) are chosen by the globs over their names. The output head and the
-    input embedding, as `get_output_embeddings` and `get_input_embeddings` name them, are chosen by `lm_head` and
-    `embeddings` alone, and with a tied weight either flag takes both. A second call with other globs prepares
-    further layers in another way.
+    Linear layers (nn.Linear and GPT-2's Conv1D themselves, no subclass) are chosen by the globs over their names. The
+    output head and the input embedding, as `get_output_embeddings` and `get_input_embeddings` name them, are chosen by
+    `lm_head` and `embeddings` alone, and with a tied weight either flag takes both. A second call with other globs
+    prepares further layers in another way.
 
     Returns:
         `model`; only if it is itself one linear layer, that layer's replacement.
 
     Raises:
-        UserError: a value of `config` means nothing, no layer is chosen, one is of the transposed kind of GPT-2, or
-            head or embedding is of a class of its own.
+        UserError: a value of `config` means nothing, no layer is chosen, or head or embedding is of a class of its own.
     """
     check_config(config)
     chosen = _choose(model, config)
@@ -134,10 +133,15 @@ def end_modules(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
     return {name: module for name, module in quantized_modules(model).items() if module in ends}
 
 
-def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, nn.Linear | nn.Embedding]:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the stock weight of a layer, plain or prepared, is [K, N]: that of a Conv1D."""
+    return is_conv1d(module) or (isinstance(module, QATLinear) and module.transposed)
+
+
+def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, nn.Module]:
     """The stock layers that are not quantised, by name: input embedding, output head, and unless `ends_only` the rest.
 
-    Like `prepare` it takes nn.Linear itself, no subclass, and of the embeddings the input's alone. A head tied to an
+    Like `prepare` it takes linear layers of no subclass, and of the embeddings the input's alone. A head tied to an
     embedding of another class, as Gemma's, is left with it.
     """
     embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
@@ -147,7 +151,7 @@ def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, nn.Linear | nn
         name: module
         for name, module in model.named_modules()
         if (module is embedding and plain)
-        or (type(module) is nn.Linear and module is not left and (module is head or not ends_only))
+        or (_is_linear(module) and module is not left and (module is head or not ends_only))
     }
 
 
@@ -174,7 +178,7 @@ def stock_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if k.rpartition(".")[2] != "weight_log2_scale"}
 
 
-def _choose(model: nn.Module, config: QuantConfig) -> list[nn.Linear | nn.Embedding]:
+def _choose(model: nn.Module, config: QuantConfig) -> list[Any]:
     """The layers to quantise; the embedding first, since it owns the scale of a tied weight."""
     embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
     tied = embedding is not None and head is not None and embedding.weight is head.weight
@@ -182,21 +186,15 @@ def _choose(model: nn.Module, config: QuantConfig) -> list[nn.Linear | nn.Embedd
         ("quant.embeddings", embedding, nn.Embedding, config.embeddings or (tied and config.lm_head)),
         ("quant.lm_head", head, nn.Linear, config.lm_head or (tied and config.embeddings)),
     ]
-    chosen: list[nn.Linear | nn.Embedding] = []
+    chosen: list[Any] = []
     for key, module, kind, wanted in ends:
         if wanted and not _is_plain(module, kind):
             what = "names no such layer" if module is None else f"has a {type(module).__name__} of its own there"
             raise UserError(f"{key}=true needs a plain nn.{kind.__name__}, but the model {what}; set it to false")
         if wanted:
             chosen.append(module)
-    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    linear = {n: m for n, m in model.named_modules() if _is_linear(m) and m is not head}
     chosen += [module for name, module in linear.items() if _matches(name, config)]
-    transposed = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D" and _matches(n, config)]
-    if transposed:
-        raise UserError(
-            f"{transposed[0]} is a Conv1D, GPT-2's linear layer of a transposed weight, which cannot be quantised; "
-            "leave such layers out by quant.include or quant.exclude"
-        )
     if not chosen:
         names = ", ".join(list(linear)[:3]) or "none"
         raise UserError(
@@ -208,6 +206,10 @@ def _choose(model: nn.Module, config: QuantConfig) -> list[nn.Linear | nn.Embedd
 
 def _end(model: nn.Module, getter: str) -> Any:
     return getattr(model, getter)() if hasattr(model, getter) else None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def _is_plain(module: Any, kind: type[nn.Module]) -> bool:

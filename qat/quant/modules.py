@@ -121,20 +121,39 @@ class QATModule(nn.Module):
 
 
 class QATLinear(QATModule, nn.Linear):
-    """nn.Linear with a fake-quantised weight; made by `from_float`."""
+    """nn.Linear with a fake-quantised weight; made by `from_float`.
+
+    Attributes:
+        transposed: True in the place of a Conv1D, whose weight is [K, N]: here it is [N, K], as anybody's, and has the
+            stock shape in the state_dict.
+    """
+
+    transposed = False
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, config: QuantConfig, owner: QATModule | None = None) -> Self:
-        """Share the Parameters of `linear`.
+    def from_float(cls, linear: nn.Module, config: QuantConfig, owner: QATModule | None = None) -> Self:
+        """Share the Parameters of `linear`, but for the weight of a Conv1D, of which the transpose is a new one.
 
         Args:
-            linear: the layer to replace.
+            linear: the layer to replace, an nn.Linear or a Conv1D.
             config: bits, granularity and scale rule.
             owner: the module whose learned scale this one uses, where both hold the same weight.
         """
-        bias = linear.bias is not None
-        new = cls(linear.in_features, linear.out_features, bias, device="meta")
-        return new._adopt(linear, config, owner)
+        transposed = is_conv1d(linear)
+        plain: Any = _as_linear(linear) if transposed else linear
+        new = cls(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
+        new.transposed = transposed
+        return new._adopt(plain, config, owner)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.transposed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.transposed and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].t()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; under autocast the weight is made in the autocast dtype, else in its own."""
@@ -162,3 +181,16 @@ class QATEmbedding(QATModule, nn.Embedding):
             return self._with_idle_scale(super().forward(ids))
         table = self.fake_quantized_weight(self.weight.dtype)
         return F.embedding(ids, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer of a weight [K, N]; by name: transformers is not imported."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _as_linear(conv: Any) -> nn.Linear:
+    linear = nn.Linear(conv.nx, conv.nf, device="meta").train(conv.training)
+    weight = conv.weight
+    linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = conv.bias
+    return linear

@@ -13,6 +13,7 @@ from benchmarks.trained import RECIPES, Training
 from qat.checkpoint import read_checkpoint
 from qat.cli import compose
 from qat.errors import UserError
+from qat.lit.build import check_config
 from qat.model import load_model
 
 KEYS = {"method", "target_bits", "bits", "entropy", "ppl", "ratio", "kl", "top1", "tokens", "seconds", "knob",
@@ -66,16 +67,29 @@ def test_a_method_can_be_added_and_rows_of_others_stay(run, monkeypatch):
     assert rows[1]["kl"] == 0 and rows[1]["top1"] == 1 and set(rows[1]["ratio"].values()) == {1}
 
 
-def test_every_recipe_trains_to_the_target_and_a_broken_one_loses_no_others(run, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_command_of_training(tiny_llama, tmp_path, name):
+    training = Training(tiny_llama(), ["x"], "y", 20000, 20, 2, 1, "c", "cpu")
+    config = compose("train", *training.words(name, None if name == "finetune" else 3.0, tmp_path))
+    check_config(config)
+    assert config.trainer.max_steps == 500 and config.quant.enabled == (name != "finetune")
+
+
+# of every way to price, hold, freeze and count
+KINDS = ["rate", "rate-prior", "rate-noprice", "rate-dual", "rate-nofreeze", "rate-row", "rate-whole", "rate-together",
+         "rate-fast", "ste-decay", "finetune"]  # fmt: skip
+
+
+def test_recipes_train_to_the_target_and_a_broken_one_loses_no_others(run, monkeypatch, tmp_path):
     monkeypatch.setitem(RECIPES, "rate-dual", ["experiment=nope"])
-    words = ["--methods", *RECIPES, "--bits", "8", f"--train={tmp_path / 'c.txt'}", "--tokens=12000", "--batch=64",
+    words = ["--methods", *KINDS, "--bits", "8", f"--train={tmp_path / 'c.txt'}", "--tokens=12000", "--batch=64",
              "--micro-batch=32", "--label=-x",
              "--set", "optim.warmup_steps=1", "rate.every=1", "optim.lr=1e-4"]  # fmt: skip
     with pytest.raises(UserError, match="rate-dual at 8"):
         run(*words)
     (path,) = tmp_path.glob("frontier-*.json")
     rows = {row["method"].removesuffix("-x"): row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == [name for name in RECIPES if name != "rate-dual"]
+    assert list(rows) == [name for name in KINDS if name != "rate-dual"]
     for name, row in rows.items():
         notes = row["training"]
         assert (notes["tokens"], notes["steps"], notes["overrides"]) == (12000, 4, words[-3:])

@@ -3,7 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rans_kernels
 
+from eval.consistency import consistency
 from qat.config import (
     DataConfig,
     EvalConfig,
@@ -64,24 +66,55 @@ def checkpoint(base: Path, sample_text: str, tmp_path_factory: pytest.TempPathFa
     return run / "checkpoints" / "last.ckpt"
 
 
+@pytest.fixture(scope="session")
+def config_in(base: Path, compressed: Path, sample_text: str) -> Callable[[Path], EvalConfig]:
+    """Makes a small evaluation whose files are in a folder."""
+
+    def make(folder: Path) -> EvalConfig:
+        (folder / "text.txt").write_text(sample_text)
+        return EvalConfig(
+            compressed=str(compressed),
+            base=str(base),
+            output=str(folder / "report"),
+            device="cpu",
+            text=str(folder / "text.txt"),
+            prompts=7,
+            prompt_tokens=9,
+            new_tokens=13,
+            seq_len=63,
+            windows=5,
+            batch_size=3,
+            logger=LoggerConfig(mode=LoggerMode.disabled),
+            paths=PathsConfig(cache=str(folder / "cache")),
+        )
+
+    return make
+
+
 @pytest.fixture
-def config(base: Path, compressed: Path, sample_text: str, tmp_path: Path) -> EvalConfig:
-    (tmp_path / "text.txt").write_text(sample_text)
-    return EvalConfig(
-        compressed=str(compressed),
-        base=str(base),
-        output=str(tmp_path / "report"),
-        device="cpu",
-        text=str(tmp_path / "text.txt"),
-        prompts=7,
-        prompt_tokens=9,
-        new_tokens=13,
-        seq_len=63,
-        windows=5,
-        batch_size=3,
-        logger=LoggerConfig(mode=LoggerMode.disabled),
-        paths=PathsConfig(cache=str(tmp_path / "cache")),
-    )
+def config(config_in: Callable[[Path], EvalConfig], tmp_path: Path) -> EvalConfig:
+    return config_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def evaluated(config_in: Callable[[Path], EvalConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What eval/consistency.py leaves behind; tests only read it."""
+    config = config_in(tmp_path_factory.mktemp("evaluated"))
+    consistency(config)
+    return Path(config.output)
+
+
+@pytest.fixture
+def altered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale of every compressed model that is loaded is not what was stored."""
+    load = rans_kernels.load
+
+    def load_altered(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        model.get_submodule("model.layers.1.mlp.down_proj").weight_scale[7] *= 1.5
+        return model
+
+    monkeypatch.setattr(rans_kernels, "load", load_altered)
 
 
 @pytest.fixture

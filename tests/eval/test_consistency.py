@@ -1,16 +1,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import rans_kernels
-import torch
 
-from eval.consistency import consistency
+from eval.consistency import check, consistency
 from qat.config import EvalConfig, ExportConfig, Lossless, QuantConfig
-from qat.errors import UserError
+from qat.errors import CheckFailed, UserError
 from qat.export import export
+
+ALTERED = "model.layers.1.mlp.down_proj"
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -26,6 +25,9 @@ def test_the_compressed_model_is_the_fake_quant_model_and_not_the_base(config: E
     assert not base["logits"]["bit_equal"]
     assert base["logits"]["kl"]["mean"] > 0
     assert base["generation"]["divergent_tokens"] > 0
+    floor = report["floor"]
+    assert floor["logits"]["kl"]["max"] < base["logits"]["kl"]["mean"] / 1000
+    assert floor["generation"]["divergent_tokens"] < base["generation"]["divergent_tokens"]
     assert base["logits"]["perplexity"]["other"] == fake["logits"]["perplexity"]["reference"]
 
 
@@ -41,21 +43,22 @@ def test_the_report_on_disk_is_the_one_returned(config: EvalConfig, capsys: pyte
     assert "99.9%" in shown
 
 
-def test_one_altered_scale_fails(
-    config: EvalConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    load = rans_kernels.load
-
-    def altered(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        model = load(*args, **kwargs)
-        model.get_submodule("model.layers.1.mlp.down_proj").weight_scale[7] *= 1.5
-        return model
-
-    monkeypatch.setattr(rans_kernels, "load", altered)
-    report = consistency(config)
+def test_one_altered_scale_fails(config: EvalConfig, altered: None, capsys: pytest.CaptureFixture[str]) -> None:
+    config.modes = ["weights", "layers", "dynamic", "prefill"]
+    with pytest.raises(CheckFailed):
+        check(config)
+    report = json.loads((Path(config.output) / "report.json").read_text())["consistency"]
     assert report["passed"] is False
     assert report["fake_quant"]["logits"]["max_abs_difference"] > 0
-    assert "FAIL fake-quant vs compressed" in capsys.readouterr().out
+    modes = report["modes"]
+    assert {entry["status"] for entry in modes.values()} == {"failed"}
+    assert modes["weights"]["weights"]["unequal"] == [ALTERED]
+    assert modes["layers"]["layers"]["splits"]["dense"]["broken"] == [ALTERED]
+    assert modes["dynamic"]["reference"]["unequal_logits"] > 0
+    for found in modes["dynamic"]["reference"]["divergences"]:
+        assert found["difference"] > 0 and 0 <= found["margin"] <= 1
+    shown = capsys.readouterr().out
+    assert "FAIL fake-quant vs compressed" in shown and "FAIL modes: 4 failed" in shown
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -103,6 +106,7 @@ def test_a_model_coded_without_loss_is_its_base(
         ({"new_tokens": 120}, "prompt_tokens=9 and new_tokens=120 do not fit .* 128"),
         ({"windows": 0}, "windows=0"),
         ({"prompts": 0}, "prompts=0"),
+        ({"modes": ["static", "statick"]}, "modes=statick: give all or some of weights, .*streamed"),
         ({"device": "nowhere"}, "device=nowhere"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

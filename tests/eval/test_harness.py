@@ -1,6 +1,9 @@
+import inspect
 import json
 import math
 import os
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,11 @@ import rans_kernels
 import torch
 from lm_eval.tasks import TaskManager
 
-from eval import harness as module
-from eval.harness import TASKS, harness
-from qat.config import EvalConfig
-from qat.errors import UserError
+from eval import local_tasks
+from eval.harness import CodecLM, check, harness
+from eval.local_tasks import TASKS
+from qat.config import EvalConfig, HarnessConfig
+from qat.errors import CheckFailed, UserError
 from qat.model import load_tokenizer
 
 CHOICES = [
@@ -41,7 +45,9 @@ def data_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def task_config(config: EvalConfig, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    config.data_dir = str(data_dir)
+    # lists all that pip has installed, after every model
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    config.data_dir, config.text = str(data_dir), None
     return config
 
 
@@ -54,24 +60,50 @@ def log_likelihood(model: torch.nn.Module, before: list[int], after: list[int]) 
 def test_every_local_task_runs_offline_on_both_models(
     task_config: EvalConfig, no_network: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task_config.tasks, task_config.log_samples = LOCAL, True
+    task_config.tasks, task_config.log_samples, task_config.harness.fake_quant = LOCAL, True, True
     before = [os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")]
     report = harness(task_config)
     assert [os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")] == before
-    assert list(report["results"]) == ["base", "compressed"]
+    assert list(report["results"]) == ["base", "fake_quant", "compressed"]
+    assert report["passed"] and report["results"]["fake_quant"] == report["results"]["compressed"]
+    for task, found in report["likelihoods"].items():
+        assert found == {"items": report["samples"][task], "equal": report["samples"][task], "max_difference": 0}
     for scores in report["results"].values():
         assert sorted(scores) == LOCAL
         assert all(math.isfinite(score["value"]) for metrics in scores.values() for score in metrics.values())
     assert set(report["results"]["compressed"]["arc_easy_local"]) == {"acc", "acc_norm"}
     assert report["samples"] == {name: 3 if name == "text_perplexity" else 5 if name[0] == "l" else 9 for name in LOCAL}
     assert set(report["versions"].values()) == {1.0}
-    assert sorted(report["flips"]) == [name for name in LOCAL if name not in ("lambada_local", "text_perplexity")]
+    assert sorted(report["flips"]) == [name for name in LOCAL if name != "text_perplexity"]
+    check_flips(report["flips"], Path(task_config.output))
 
     stored = json.loads((Path(task_config.output) / "report.json").read_text())["harness"]
     assert stored["results"] == report["results"]
     assert "commonsense_qa_local" in capsys.readouterr().out
     check_prompts(Path(task_config.output))
     check_scores(report["results"]["compressed"], task_config)
+
+
+def check_flips(flips: dict[str, Any], output: Path) -> None:
+    """The listed items are those whose answers differ in the samples that were written."""
+    changed = 0
+    for task, found in flips.items():
+        models = []
+        for model in ("base", "compressed"):
+            lines = (output / f"samples_{model}_{task}.jsonl").read_text().splitlines()
+            models.append({item["doc_id"]: item for item in map(json.loads, lines)})
+        before, after = models
+        listed = {flip["doc_id"]: flip["kind"] for flip in found["flipped"]}
+        for number, item in before.items():
+            kind = {1: "lost", -1: "gained", 0: None}[item["acc"] - after[number]["acc"]]
+            if kind is None and task != "lambada_local" and item["acc"] == 0:
+                best = [max(range(3), key=lambda i: each["resps"][i][0][0]) for each in (item, after[number])]  # noqa: B023
+                kind = "wrong_to_wrong" if best[0] != best[1] else None
+            assert listed.get(number) == kind
+        assert found["changed"] == len(listed) and found["items"] == len(before)
+        assert found["difference_interval"][0] <= found["difference"] <= found["difference_interval"][1]
+        changed += len(listed)
+    assert changed, "5 bits change no answer at all?"
 
 
 def check_prompts(output: Path) -> None:
@@ -143,7 +175,7 @@ def test_limit_and_shots_reach_lm_eval(task_config: EvalConfig) -> None:
 
 def test_an_unknown_task_is_told_which_there_are(task_config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # without lm-eval's own, which take seconds to list
-    monkeypatch.setattr(module, "TaskManager", lambda include_defaults: TaskManager(include_defaults=False))
+    monkeypatch.setattr(local_tasks, "TaskManager", lambda **options: TaskManager(include_defaults=False))
     task_config.tasks = ["arc_easy_local", "arc_easi"]
     with pytest.raises(UserError, match="unknown task arc_easi: .*arc_easy_local, .*text_perplexity"):
         harness(task_config)
@@ -169,6 +201,13 @@ def test_a_task_file_of_the_users_own_runs(task_config: EvalConfig, tmp_path: Pa
         ({"tasks": "piqa_local", "file": ("piqa", "[1]")}, "one JSON object a line"),
         ({"tasks": "piqa_local", "file": ("piqa", '{"query": "a"}')}, "no key 'choices'; .* query, choices, gold"),
         ({"tasks": "piqa_local", "base": "./nowhere"}, "no model at ./nowhere"),
+        ({"tasks": "text_perplexity", "text": "nowhere.txt"}, "nowhere.txt, which does not exist: check text="),
+        ({"tasks": "piqa_local", "harness": HarnessConfig(batch_size="big")}, "harness.batch_size=big"),
+        (
+            {"tasks": "piqa_local", "harness": HarnessConfig(model_args={"maxlength": 1})},
+            "model_args.maxlength: .*max_length",
+        ),
+        ({"tasks": "piqa_local", "base": None, "harness": HarnessConfig(fake_quant=True)}, "nothing to"),
     ],
 )
 def test_a_mistake_is_named_in_one_line(task_config: EvalConfig, changes: dict[str, Any], words: str) -> None:
@@ -179,3 +218,76 @@ def test_a_mistake_is_named_in_one_line(task_config: EvalConfig, changes: dict[s
     with pytest.raises(UserError, match=words) as error:
         harness(task_config)
     assert "\n" not in str(error.value)
+
+
+def test_every_option_of_lm_eval_is_a_key_or_set_here() -> None:
+    ours = {"model", "tasks", "device", "log_samples", "task_manager", "limit", "num_fewshot"}
+    # logs of lm-eval's own, and its deprecated way to say how much it tells
+    left_out = {"evaluation_tracker", "verbosity"}
+    keys = {field.name for field in fields(HarnessConfig)} - {"fake_quant"}
+    assert keys | ours | left_out == set(inspect.signature(lm_eval.simple_evaluate).parameters)
+
+
+def test_options_reach_lm_eval(task_config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    evaluate = lm_eval.simple_evaluate
+
+    def spy(lm: Any, **options: Any) -> Any:
+        given.update(options, lm=lm)
+        return evaluate(lm, **options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", spy)
+    task_config.base, task_config.tasks, task_config.num_fewshot = None, ["arc_easy_local"], 1
+    task_config.harness = HarnessConfig(
+        batch_size="auto", max_batch_size=4, bootstrap_iters=0, samples={"arc_easy_local": [1, 5]},
+        system_instruction="Answer", model_args={"max_length": 100}, fewshot_random_seed=7,
+    )  # fmt: skip
+    report = harness(task_config)
+    assert report["samples"] == {"arc_easy_local": 2}
+    assert report["results"]["compressed"]["arc_easy_local"]["acc"]["error"] is None
+    assert given["fewshot_random_seed"] == 7 and given["system_instruction"] == "Answer"
+    assert given["lm"].max_length == 100 and given["lm"].max_batch_size == 4
+
+
+def test_a_run_goes_on_from_its_responses_and_a_changed_model_does_not(
+    task_config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_config.base, task_config.tasks = None, ["piqa_local", "lambada_local"]
+    task_config.harness.use_cache = str(tmp_path / "responses")
+    task_config.compressed = str(shutil.copytree(task_config.compressed, tmp_path / "copy"))
+    first = harness(task_config)["results"]
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model runs")
+
+    monkeypatch.setattr(CodecLM, "_model_call", refuse)
+    assert harness(task_config)["results"] == first
+    (Path(task_config.compressed) / "config.json").touch()
+    with pytest.raises(AssertionError, match="the model runs"):
+        harness(task_config)
+
+
+def test_an_altered_scale_fails(task_config: EvalConfig, altered: None) -> None:
+    task_config.tasks, task_config.harness.fake_quant = ["arc_easy_local"], True
+    with pytest.raises(CheckFailed):
+        check(task_config)
+    stored = json.loads((Path(task_config.output) / "report.json").read_text())["harness"]
+    assert stored["passed"] is False
+    assert stored["likelihoods"]["arc_easy_local"]["max_difference"] > 0
+
+
+def test_any_text_file_has_a_perplexity(task_config: EvalConfig, tmp_path: Path) -> None:
+    text = TEXTS[0]["text"]
+    (tmp_path / "one.txt").write_text(text)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    task_config.base, task_config.tasks = None, "text_perplexity"
+    task_config.data_dir = str(tmp_path / "one.jsonl")
+    expected = harness(task_config)["results"]
+    task_config.data_dir, task_config.text = None, str(tmp_path / "one.txt")
+    assert harness(task_config)["results"] == expected
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_likelihood_is_that_of_the_dense_integers(task_config: EvalConfig) -> None:
+    task_config.device, task_config.tasks, task_config.harness.fake_quant = "cuda", ["arc_easy_local"], True
+    assert harness(task_config)["passed"]

@@ -63,10 +63,22 @@ def test_disabled_logging_does_not_import_wandb(tmp_path: Path, monkeypatch: pyt
         log_to_wandb(LoggerConfig(), tmp_path, "job", {}, {})
 
 
-def test_offline_logging_leaves_a_run_in_the_output_folder(tmp_path: Path, no_network: None) -> None:
+def test_offline_logging_leaves_a_run_with_tables_histograms_and_the_page(
+    tmp_path: Path, no_network: None, wandb_log: Callable[[Path], bytes]
+) -> None:
     table = (["layer", "bits"], [["a", 3], ["b", "none"]])
-    log_to_wandb(LoggerConfig(), tmp_path, "job", {"a": {"b": 1.5}}, {"layers": table})
-    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+    page = tmp_path / "report.html"
+    page.write_text("<!doctype html><p>all of it, naïve – façade")
+    counts = {"weights/up": ([1, 7, 63], [-1.5, -0.5, 0.5, 1.5])}
+    log_to_wandb(LoggerConfig(), tmp_path, "job", {"a": {"b": 1.5}}, {"layers": table}, page=page, histograms=counts)
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    assert len(list(run.glob("*.wandb"))) == 1
+    (kept,) = run.glob("files/media/html/report_*.html")
+    assert kept.read_text() == page.read_text()
+    (rows,) = run.glob("files/media/table/layers_*.table.json")
+    assert json.loads(rows.read_text())["data"] == table[1]
+    log = wandb_log(run)
+    assert b"weights/up" in log and b"[1, 7, 63]" in log.replace(b"[1,7,63]", b"[1, 7, 63]")
 
 
 @pytest.mark.parametrize("artifact", [False, True])

@@ -5,12 +5,13 @@ import json
 import pytest
 import rans_kernels
 import torch
+from rans_kernels.format import FormatError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qat.config import Lossless, QuantConfig
+from qat.config import Lossless, QuantConfig, ScaleRule
 from qat.errors import UserError
 from qat.interop import to_compressed_tensors, to_plain
-from qat.quant import prepare
+from qat.quant import is_transposed, prepare, quantized_modules, stock_state_dict
 from tests.export.helpers import logits, run
 
 SMALL = {
@@ -87,11 +88,49 @@ def test_an_embedding_of_a_class_of_its_own_and_its_head_stay_plain(make, tmp_pa
     assert torch.equal(logits(load(folder, torch.bfloat16)), logits(load(source, torch.bfloat16)))
 
 
-def test_transposed_layers_are_refused_and_can_be_left_out(make, tmp_path):
-    source = make("gpt2")
-    with pytest.raises(UserError, match="transformer.h.0.attn.c_attn is a Conv1D.*quant.exclude") as error:
-        run(source, tmp_path / "compressed")
-    assert "\n" not in str(error.value)
-    quant = QuantConfig(embeddings=True, include=[])
+@pytest.mark.parametrize("quant", [QuantConfig(), QuantConfig(bits=4, embeddings=True, scale=ScaleRule.std)])
+def test_the_transposed_weights_of_gpt2_go_through_and_come_back(quant, make, tmp_path):
+    source = make("gpt2", n_inner=80)
     folder = run(source, tmp_path / "compressed", quant=quant)
-    assert torch.equal(logits(load(folder)), logits(prepare(load(source), quant)))
+    reference = prepare(load(source), quant)
+    compressed = rans_kernels.load(folder, dtype=torch.float32)
+    assert isinstance(compressed.transformer.h[0].attn.c_attn, rans_kernels.CompressedLinear)
+    assert torch.equal(logits(compressed), logits(reference)) and torch.equal(logits(load(folder)), logits(reference))
+    plain = load(to_plain(folder, tmp_path / "plain", "float32"))
+    assert torch.allclose(logits(plain), logits(compressed), atol=1e-5)
+    for name, module in quantized_modules(reference).items():
+        weight = module.fake_quantized_weight(torch.float32)
+        assert torch.equal(plain.get_submodule(name).weight, weight.t() if is_transposed(module) else weight)
+    compressed.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(rans_kernels.load(tmp_path / "again")), logits(reference))
+    with pytest.raises(UserError, match="no INT8 linear layers"):
+        to_compressed_tensors(folder, tmp_path / "packed")
+
+
+def test_transposed_weights_are_coded_without_loss(make, tmp_path):
+    source = make("gpt2", n_inner=80)
+    folder = run(source, tmp_path / "out", quant=QuantConfig(enabled=False), lossless=Lossless.all, dtype="bfloat16")
+    plain, original = load(to_plain(folder, tmp_path / "plain"), "auto"), load(source, torch.bfloat16)
+    assert all(torch.equal(plain.state_dict()[key], value) for key, value in original.state_dict().items())
+
+
+def test_a_prepared_gpt2_saves_and_loads_stock_weights(make):
+    model = load(make("gpt2", n_inner=80))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    stored = stock_state_dict(prepare(model, QuantConfig(scale=ScaleRule.learned)))
+    assert before.keys() == stored.keys()
+    assert all(torch.equal(before[key], value) for key, value in stored.items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(stored | before, strict=False)
+    assert all(torch.equal(before[key], value) for key, value in stock_state_dict(model).items())
+
+
+def test_an_altered_shape_of_a_transposed_layer_is_noticed(make, tmp_path):
+    folder = run(make("gpt2", n_inner=80), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["layers"]["transformer.h.0.attn.c_attn"]["transposed"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"c_attn is listed with shape \(144, 48\), the model has \(48, 144\)"):
+        rans_kernels.load(folder)

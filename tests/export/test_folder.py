@@ -37,6 +37,11 @@ def edit_config(folder, change):
     (folder / "config.json").write_text(json.dumps(data))
 
 
+def edit_model(folder, **values):
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | values))
+
+
 def first_shard(folder):
     """The first that holds a compressed layer."""
     return next(f for f in sorted(folder.glob("*.safetensors")) if b".weight_offsets" in f.read_bytes())
@@ -85,6 +90,8 @@ DAMAGE = {
     "shard empty": (empty, "damaged or truncated"),
     "shard lost": (lose_shard, "lacks model-0000"),
     "index cut": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json is damaged"),
+    "unknown architecture": (lambda f: edit_model(f, model_type="lama"), "lama"),
+    "another architecture": (lambda f: edit_model(f, architectures=["GPT2LMHeadModel"], model_type="gpt2"), "does not"),
     "layer not listed": (lose_layer, "do not fit"),
     "layer of another model": (foreign_layer, "x, which a LlamaForCausalLM does not have"),
 }

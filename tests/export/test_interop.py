@@ -13,12 +13,13 @@ from rans_kernels.format import FormatError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat import interop
+from qat.commands import main
 from qat.config import Granularity, Lossless, QuantConfig
 from qat.errors import UserError
 from qat.interop import to_compressed_tensors, to_plain
 from tests.export.helpers import logits, run
 
+WRITERS = (to_plain, to_compressed_tensors)
 GROUPS = {"granularity": Granularity.per_group, "group_size": 32}
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 ENDS = {"embeddings": True, "lm_head": True}
@@ -124,7 +125,7 @@ def test_transformers_with_compressed_tensors_loads_the_same_model(setting, tiny
     assert torch.equal(logits(model), logits(rans_kernels.load(source, dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("write", interop.FORMATS.values())
+@pytest.mark.parametrize("write", WRITERS)
 def test_shards_are_bounded_and_hold_the_same(write, tiny_llama, tmp_path):
     source = run(tiny_llama(), tmp_path / "compressed", shard_size="20KB")
     whole = load_file(write(source, tmp_path / "whole") / "model.safetensors")
@@ -134,7 +135,7 @@ def test_shards_are_bounded_and_hold_the_same(write, tiny_llama, tmp_path):
     assert parts.keys() == whole.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize("write", interop.FORMATS.values())
+@pytest.mark.parametrize("write", WRITERS)
 def test_only_another_model_is_replaced(write, tiny_llama, tmp_path):
     source = run(tiny_llama(), tmp_path / "models" / "compressed")
     (tmp_path / "models" / "config.json").write_text("{}")
@@ -149,7 +150,7 @@ def test_only_another_model_is_replaced(write, tiny_llama, tmp_path):
     assert write(source, old, overwrite=True) == old
 
 
-@pytest.mark.parametrize("write", interop.FORMATS.values())
+@pytest.mark.parametrize("write", WRITERS)
 def test_mistakes_are_one_line_and_leave_nothing(write, tiny_llama, tmp_path):
     source = run(tiny_llama(), tmp_path / "compressed")
     output = tmp_path / "out"
@@ -171,19 +172,18 @@ def test_mistakes_are_one_line_and_leave_nothing(write, tiny_llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["compressed"]
 
 
-def test_the_command_has_the_exit_codes_of_the_others(tiny_llama, tmp_path, monkeypatch, capsys):
+def test_the_command_has_the_exit_codes_of_the_others(tiny_llama, tmp_path, capsys):
     source, output = run(tiny_llama(), tmp_path / "compressed"), tmp_path / "out"
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["interop", str(source), str(output), *words])
         with pytest.raises(SystemExit) as stop:
-            interop.main()
+            main(["interop", str(source), str(output), *words])
         return stop.value.code
 
     assert call("--to", "plain") == 0
     assert "0 weights as INT8, 14 as bfloat16" in capsys.readouterr().out
     assert call("--to", "plain", "--dtype", "float32") == 2
-    assert capsys.readouterr().err == f"error: {output} exists: choose another name or overwrite it\n"
+    assert capsys.readouterr().err == f"error: {output} exists: choose another name or say --overwrite\n"
     assert call("--to", "compressed-tensors", "--overwrite") == 0
     assert json.loads((output / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
     assert call("--to", "onnx") == 2

@@ -137,42 +137,6 @@ def test_the_operators_are_well_formed():
     torch.library.opcheck(dense, (x, w, scale, None, 2), test_utils=checks)
 
 
-@pytest.mark.parametrize("shape", [(200,), (3, 200), (2, 0, 200), (2, 3, 200)])
-@pytest.mark.parametrize("group_size", [None, 64])
-def test_gradients_are_those_of_the_plain_weights(shape, group_size):
-    coded, w = coded_weight()
-    scale = torch.rand(33, 1 if group_size is None else 4)
-    grad = torch.randn(*shape[:-1], 33)
-    found, expected = [], []
-    for gradients, multiply, weight in ((found, rans_linear, coded), (expected, int8_linear, w)):
-        torch.manual_seed(0)
-        x, bias = torch.randn(shape, requires_grad=True), torch.randn(33, requires_grad=True)
-        multiply(x, weight, scale, bias, group_size).backward(grad)
-        gradients += [x.grad, bias.grad]
-    torch.testing.assert_close(found, expected)
-    assert found[0].shape == shape
-
-
-def test_gradients_are_taken_only_where_they_are_wanted_and_by_the_compiler():
-    coded, w = coded_weight(FOLDED[0])
-    scale, bias = torch.rand(1, 1), torch.randn(64, dtype=torch.bfloat16, requires_grad=True)
-    x = torch.randn(4, 65)
-    rans_linear(x, coded, scale, bias).sum().backward()
-    assert bias.grad.dtype == torch.bfloat16 and (bias.grad == 4).all()
-    arrays = (coded.heads, coded.words, coded.offsets, coded.table, scale, None, coded.numbers, None)
-    operator = torch.ops.rans_kernels.rans_linear.default
-    checks = ("test_autograd_registration", "test_aot_dispatch_static")
-    torch.library.opcheck(operator, (x.requires_grad_(), *arrays), test_utils=checks)
-
-    def loss(x):
-        return torch.relu(rans_linear(x, coded, scale)).square().sum()
-
-    loss(x).backward()
-    expected, x.grad = x.grad, None
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
-    assert torch.equal(x.grad, expected)
-
-
 def test_arrays_that_a_decoder_would_leave_are_refused():
     coded, _ = coded_weight()
     freqs = coded.table
@@ -224,10 +188,10 @@ def test_floats_multiply_as_the_plain_weight(dtype, float_case):
     for x_dtype in (w.dtype, torch.float32):
         x = torch.randn(3, 200).to(x_dtype)
         assert torch.equal(rans_linear(x, coded, one, bias), F.linear(x, w.to(x_dtype), bias.to(x_dtype)))
-    arrays = (coded.heads, coded.words, coded.offsets, coded.table)
     x = torch.randn(3, 200, requires_grad=True)
     rans_linear(x, coded, one).sum().backward()
     torch.testing.assert_close(x.grad, w.float().sum(0).expand(3, 200))
+    arrays = (coded.heads, coded.words, coded.offsets, coded.table)
     torch.library.opcheck(
         torch.ops.rans_kernels.rans_linear.default, (x, *arrays, one, None, coded.numbers, None),
         test_utils=("test_schema", "test_faketensor"),

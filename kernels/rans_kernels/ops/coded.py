@@ -1,5 +1,6 @@
 """A coded weight as the kernels take it, and which kernels a device has."""
 
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,17 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rans_kernels.errors import DeviceError
 from rans_kernels.format import DTYPES, LANES, Split, TileLayout
 from rans_kernels.ops.table import slot_table, warp_table
+
+OLDEST = (7, 0)
+"""Compute capability that Triton begins with."""
 
 
 @lru_cache
 def backend_of(device: torch.device) -> str:
-    """Kernels of a device: `gluon` on NVIDIA GPUs since Ampere, `triton` (portable) on others, `cpu`."""
+    """Kernels of a device: `gluon` on NVIDIA GPUs since Ampere, `triton` (portable) on others, `cpu`.
+
+    Raises:
+        DeviceError: there are none.
+    """
     if device.type == "cpu":
         return "cpu"
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return "gluon" if nvidia and torch.cuda.get_device_capability(device) >= (8, 0) else "triton"
+    if device.type != "cuda":
+        raise DeviceError(f"compressed layers have no kernels for {device.type}: use the CPU, or an NVIDIA or AMD GPU")
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError("compressed layers need triton on a GPU: pip install triton, or use the CPU")
+    if torch.version.hip is not None:
+        return "triton"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        raise DeviceError(
+            f"{name} has compute capability {major}.{minor} and the kernels need {OLDEST[0]}.{OLDEST[1]}: use the CPU, "
+            "or a newer GPU"
+        )
+    return "gluon" if capability >= (8, 0) else "triton"
 
 
 @lru_cache
@@ -30,6 +51,17 @@ def is_hopper(device: torch.device) -> bool:
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, which is where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def decoder_table(freqs: Tensor, layout: TileLayout, device: torch.device) -> Tensor:
+    """What the kernels of a device look slots up in, made where the frequencies are; on the CPU these themselves."""
+    match backend_of(device):
+        case "cpu":
+            return freqs
+        case "gluon":
+            return warp_table(freqs, layout)
+        case _:
+            return slot_table(freqs, layout)
 
 
 def round_rows(rows: int) -> int:
@@ -67,10 +99,7 @@ class CodedWeight:
         """
         rows = offsets.cpu().numpy()
         layout.check(len(heads), len(words), rows, freqs.cpu().numpy())
-        backend = backend_of(heads.device)
-        table = freqs
-        if backend != "cpu":
-            table = warp_table(freqs, layout) if backend == "gluon" else slot_table(freqs, layout)
+        table = decoder_table(freqs, layout, heads.device)
         largest = int((rows[1:] - rows[:-1]).max(initial=0))
         return cls(heads, words, offsets, table, layout, round_rows(largest))
 

@@ -68,7 +68,7 @@ def chain_launch(
 def rans_linear(
     x: Tensor, weight: CodedWeight, scale: Tensor, bias: Tensor | None = None, group_size: int | None = None
 ) -> Tensor:
-    """Multiply by a compressed weight matrix on the device it is on; x and bias get gradients, the weight is constant.
+    """Multiply by a compressed weight matrix on the device it is on.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
@@ -150,8 +150,8 @@ def _rans_linear_backward(
     numbers: list[int],
     group_size: int | None,
 ) -> Tensor:
+    """The gradient of x: [..., N] -> [..., K]; the weight is decoded again, and kept by nobody."""
     weight = CodedWeight.of(heads, words, offsets, table, numbers)
-    # always the library's product: there is no batch for which a row of a gradient has to keep its bits
     return grad @ rans_dequantize(weight, scale, grad.dtype, group_size)
 
 
@@ -160,20 +160,19 @@ def _(grad, heads, words, offsets, table, scale, numbers, group_size):
     return grad.new_empty(*grad.shape[:-1], numbers[1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *arrays, bias, numbers, group_size = inputs
-    # the coded weight alone: training needs no more memory for it than inference, and decodes it once more
     ctx.save_for_backward(*arrays)
-    ctx.bias_dtype, ctx.numbers, ctx.group_size = None if bias is None else bias.dtype, numbers, group_size
+    ctx.numbers, ctx.group_size, ctx.bias_dtype = numbers, group_size, None if bias is None else bias.dtype
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x = bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _rans_linear_backward(grad, *ctx.saved_tensors, ctx.numbers, ctx.group_size)
+        x = _rans_linear_backward(grad, *ctx.saved_tensors, ctx.numbers, ctx.group_size)
     if ctx.needs_input_grad[6]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, grad_bias, None, None
+        bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return x, None, None, None, None, None, bias, None, None
 
 
-_rans_linear.register_autograd(_differentiate, setup_context=_save)
+_rans_linear.register_autograd(_gradients, setup_context=_keep)
