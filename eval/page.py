@@ -67,9 +67,11 @@ def page(report: dict[str, Any]) -> str:
     if weights:
         parts += ["<h2>Size</h2>", figures.sizes(weights["summary"])]
     if consistency:
-        parts += _costs(consistency) + _divergence(consistency) + _examples(consistency)
+        parts += _divergence(consistency) + _examples(consistency)
     if harness:
         parts += _harness(harness)
+    if consistency:
+        parts += _costs(consistency)
     if weights:
         parts += _weights(weights)
     parts.append(f"<footer>{''.join(f'<p>{escape(_origin(job))}</p>' for job in jobs)}</footer>")
