@@ -8,6 +8,7 @@ import warnings
 import pytest
 import rans_kernels
 import torch
+from rans_kernels.placement import BudgetError
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from qat.config import Granularity, Lossless, QuantConfig
@@ -161,6 +162,28 @@ def test_bfloat16_trains_an_adapter_in_float32(folders):
     assert len(found) == 12
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() and grad.any() for grad in found.values())
     assert logits(model).dtype == torch.bfloat16
+
+
+def test_a_streamed_base_runs_with_an_adapter_and_does_not_train_it(compressed, folders):
+    with pytest.raises(BudgetError) as told:
+        rans_kernels.load(folders[0], dtype=torch.float32, budget=0)
+    streamed = rans_kernels.load(folders[0], dtype=torch.float32, budget=told.value.least / 1e9)
+    assert streamed.model.layers[0].mlp.down_proj.is_streamed
+    over = adapt(streamed)
+    assert torch.equal(logits(over), logits(adapt(compressed)))
+    with pytest.raises(RuntimeError, match="no gradient passes a streamed layer"):
+        gradients(over, batch())
+
+
+def test_all_linear_means_the_same_layers_the_second_time(compressed):
+    model = adapt(compressed, target_modules="all-linear")
+    model.add_adapter("second", peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    first, second = (
+        {name for name, _ in model.named_parameters() if f".{adapter}." in name} for adapter in ("default", "second")
+    )
+    assert len(first) == 28
+    assert {name.replace(".default.", ".second.") for name in first} == second
+    assert model.peft_config["second"].target_modules == model.peft_config["default"].target_modules
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
