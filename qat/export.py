@@ -5,6 +5,7 @@ and compared, and handed to the writer, so that memory holds one layer and one s
 name only when complete.
 """
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -108,6 +109,27 @@ def open_source(config: ExportConfig) -> Source:
     return Source(path, config.quant, list(shards), read, path.name, None)
 
 
+def under_model_names(source: Source, hf_config: Any) -> Source:
+    """The source with the base model's prefix put before names, where all lack it as those of the hub's GPT-2 do.
+
+    Then it is without what transformers passes over, GPT-2's masks.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
+    if kind is None or any(name.startswith(f"{kind.base_model_prefix}.") for name in source.names):
+        return source
+    with torch.device("meta"):
+        known = set(kind(hf_config).state_dict())
+    passed = re.compile("|".join(kind._keys_to_ignore_on_load_unexpected or ["$^"]))
+    stored = {}
+    for name in source.names:
+        full = f"{kind.base_model_prefix}.{name}"
+        if full in known or not passed.search(name):
+            stored[full if full in known else name] = name
+    return replace(source, names=list(stored), read=lambda name: source.read(stored[name]))
+
+
 def export(config: ExportConfig) -> Path:
     """Write the compressed folder and return it.
 
@@ -124,6 +146,7 @@ def export(config: ExportConfig) -> Path:
     hf_config = load_config(source.folder)
     if getattr(hf_config, "quantization_config", None) is not None:
         raise UserError(f"{config.source} is quantised already; training and export start from plain weights")
+    source = under_model_names(source, hf_config)
     modules, tied = plan_modules(hf_config, source.quant, config.lossless)
     weight_of = {f"{name}.weight": name for name in modules}
     if missing := sorted(set(weight_of) - set(source.names)):

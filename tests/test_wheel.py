@@ -1,4 +1,4 @@
-"""The wheel has every module, setting and task of the repository, and works from any folder."""
+"""The wheel has every file of the repository that a command reads, and works from any folder."""
 
 import os
 import subprocess
@@ -36,10 +36,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_everything_that_runs_is_in_the_wheel(wheel: Path) -> None:
     expected = {
-        f"{there}/{file.relative_to(ROOT / here).as_posix()}"
+        f"{there}/{path.as_posix()}"
         for here, there in PLACES.items()
-        for file in (ROOT / here).rglob("*")
-        if file.suffix in (".py", ".yaml") and "local" not in file.parent.parts
+        for path in (file.relative_to(ROOT / here) for file in (ROOT / here).rglob("*") if file.is_file())
+        if path.suffix != ".md" and not {"__pycache__", "local"} & {*path.parts}
     }
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert found == expected

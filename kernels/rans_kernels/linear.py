@@ -48,21 +48,14 @@ class CompressedWeight(nn.Module):
         # derived, and dropped whenever the buffers move or change
         self._coded: CodedWeight | None = None
         self._decoded: Tensor | None = None
-        self.is_streamed = False
 
     def _apply(self, fn, recurse=True):
-        if self.is_streamed:
-            # streaming.py has its tensors where they belong
-            return self
         self._coded = self._decoded = None
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        if self.is_streamed:
-            errors.append(f"{prefix.removesuffix('.')} is streamed: its weights cannot be changed")
-            return
+    def _load_from_state_dict(self, *args, **kwargs):
         self._coded = self._decoded = None
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def prepare(self) -> CodedWeight:
         """Check the buffers and derive what the kernels need, once; `torch.compile` wants it done before.

@@ -25,6 +25,8 @@ from rans_kernels.placement import GB, BudgetError, Span, own, place
 from rans_kernels.staging import Slot, keep_for
 
 OFFLOADS = ("host", "disk")
+HIDDEN = ("forward", "_apply", "_load_from_state_dict", "extra_repr")
+"""Methods of a streamed layer that functions stand for."""
 PAGE = 4096
 """Bytes of host memory that are pinned at once."""
 
@@ -149,9 +151,24 @@ class Streamer:
             # who had the slots' memory before may still use it
             self.side.wait_stream(torch.cuda.current_stream(self.device))
         for layer in layers:
-            # in the module's own dict, where it hides the method
-            vars(layer)["forward"] = torch.compiler.disable(partial(self.run, layer, layer.forward))
+            self.hide_methods(layer)
         self.mark(True)
+
+    def hide_methods(self, layer: nn.Module) -> None:
+        """Put functions into the layer's own dict, where they hide methods of the same names."""
+
+        def stay(*args: Any, **kwargs: Any) -> nn.Module:
+            return layer
+
+        def refuse(state: Any, prefix: str, *args: Any) -> None:
+            args[-1].append(f"{prefix.removesuffix('.')} is streamed: its weights cannot be changed")
+
+        shown = f"{layer.extra_repr()}, streamed to {self.device}"
+        hidden = {
+            "forward": torch.compiler.disable(partial(self.run, layer, layer.forward)),
+            "_apply": stay, "_load_from_state_dict": refuse, "extra_repr": lambda: shown,
+        }  # fmt: skip
+        vars(layer).update(hidden)
 
     def put_to_rest(self, chunk: int) -> None:
         """Bring a chunk's weights to where they wait, and what its layers keep beside them to the device."""
@@ -194,19 +211,17 @@ class Streamer:
             torch.cuda.synchronize(self.device)
         for chunk in self.chunks:
             for layer in chunk.layers:
-                del vars(layer)["forward"]
+                for name in HIDDEN:
+                    del vars(layer)[name]
         self.mark(False)
         self.rest, self.memory, self.coded, self.slots, self.at, self.last = [], [], {}, [], {}, None
         self.reader = self.side = None
 
     def mark(self, streamed: bool) -> None:
-        """Tell model, quantizer and layers."""
+        """Tell the model and its quantizer."""
         vars(self.model)["streamer"] = self if streamed else None
         if (quantizer := getattr(self.model, "hf_quantizer", None)) is not None:
             quantizer.is_streamed = streamed
-        for chunk in self.chunks:
-            for layer in chunk.layers:
-                vars(layer)["is_streamed"] = streamed
 
     def run(self, layer: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
         """The layer's forward while its weights are in a slot; a backward pass through it raises.
@@ -316,8 +331,8 @@ class Gone(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *sources: Tensor | None) -> Tensor:
-        """Y as it is."""
-        return y
+        """A copy, which may be written over."""
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> NoReturn:

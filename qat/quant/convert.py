@@ -138,7 +138,7 @@ def is_transposed(module: nn.Module) -> bool:
     return is_conv1d(module) or (isinstance(module, QATLinear) and module.transposed)
 
 
-def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, nn.Module]:
+def exact_modules(model: nn.Module, ends_only: bool) -> dict[str, Any]:
     """The stock layers that are not quantised, by name: input embedding, output head, and unless `ends_only` the rest.
 
     Like `prepare` it takes linear layers of no subclass, and of the embeddings the input's alone. A head tied to an

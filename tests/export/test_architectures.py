@@ -1,11 +1,13 @@
 """Models of many families go through export, loading and the plain format with equal logits; what cannot says so."""
 
 import json
+import shutil
 
 import pytest
 import rans_kernels
 import torch
 from rans_kernels.format import FormatError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat.config import Lossless, QuantConfig, ScaleRule
@@ -134,3 +136,18 @@ def test_an_altered_shape_of_a_transposed_layer_is_noticed(make, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"c_attn is listed with shape \(144, 48\), the model has \(48, 144\)"):
         rans_kernels.load(folder)
+
+
+def test_gpt2_with_the_names_it_has_on_the_hub(make, tmp_path):
+    source = make("gpt2", n_inner=80)
+    tensors = load_file(source / "model.safetensors")
+    named = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    # a mask, which old versions stored
+    named["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+    (tmp_path / "hub").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "hub")
+    save_file(named, tmp_path / "hub" / "model.safetensors", metadata={"format": "pt"})
+    folders = [run(model, tmp_path / f"from {model.name}") for model in (source, tmp_path / "hub")]
+    found, expected = (load_file(folder / "model.safetensors") for folder in folders)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(*(logits(rans_kernels.load(folder)) for folder in folders))

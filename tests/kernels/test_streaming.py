@@ -1,7 +1,9 @@
 """Streaming: the bits of a resident model for any budget, order and place, and nothing read that is no longer there."""
 
 import copy
+import gc
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,8 @@ def test_results_are_those_of_the_resident_model(model, x, offload, share, monke
     assert share > 0.5 or kinds == {CompressedLinear, nn.Linear}
     for _ in range(3):
         assert torch.equal(model(x), expected)
+    # nothing decoded is kept
+    assert all(getattr(layer, "_decoded", None) is None for chunk in streamer.chunks for layer in chunk.layers)
     streamer.disable()
     assert torch.equal(model.to(DEVICE)(x), expected)
     # and again
@@ -182,6 +186,45 @@ def test_any_order_is_right_and_the_next_time_expected(model, x, monkeypatch):
         assert torch.equal(model[i](inputs[i]), expected[i])
 
 
+@torch.inference_mode()
+def test_slots_are_what_is_read(model, x):
+    reference = resident(model)
+    streamer = Streamer(model, between(model, 0.2), DEVICE).enable()
+    model(x)
+    for chunk, waiting in zip(streamer.chunks, streamer.memory, strict=True):
+        for layer in chunk.layers:
+            assert 0 <= layer.weight.data_ptr() - waiting.data_ptr() < chunk.size
+            inputs = torch.randn(3, layer.in_features, device=DEVICE, dtype=DTYPE)
+            layer(inputs)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            # the chunk is in its slot now, and where it waits may be anything
+            kept = [memory.clone() for memory in streamer.memory]
+            for memory in streamer.memory:
+                memory.fill_(255)
+            found = layer(inputs)
+            for memory, copied in zip(streamer.memory, kept, strict=True):
+                memory.copy_(copied)
+            streamer.last = None
+            streamer.at.clear()
+            for slot in streamer.slots:
+                slot.holds = None
+            assert torch.equal(found, reference[list(model).index(layer)](inputs))
+
+
+@torch.inference_mode()
+def test_nobody_reads_before_the_reader_is_done(model, x, monkeypatch):
+    expected, read = resident(model)(x), Streamer.read
+
+    def slowly(*arguments):
+        time.sleep(0.005)
+        read(*arguments)
+
+    monkeypatch.setattr(Streamer, "read", slowly)
+    Streamer(model, between(model, 0.2), DEVICE, "disk").enable()
+    assert all(torch.equal(model(x), expected) for _ in range(3))
+
+
 def test_what_a_streamed_model_cannot_do_is_one_line(model, x):
     with pytest.raises(ValueError, match="host, disk"):
         Streamer(model, 1.0, DEVICE, "cloud")
@@ -190,12 +233,15 @@ def test_what_a_streamed_model_cannot_do_is_one_line(model, x):
         Streamer(model, between(model, 0.3), DEVICE).enable()
     ahead.disable()
     Streamer(model, between(model, 0.3), DEVICE).enable()
-    first = next(m for m in model if getattr(m, "is_streamed", False))
+    first = model.streamer.chunks[0].layers[0]
     wrong = torch.zeros(1, first.in_features, device="meta")
     with pytest.raises(RuntimeError, match="x is on meta"):
         first(wrong)
     with pytest.raises(RuntimeError, match="no gradient passes"):
-        model(x.requires_grad_()).sum().backward()
+        first(torch.zeros(1, first.in_features, device=DEVICE, dtype=DTYPE, requires_grad=True)).sum().backward()
+    # without no_grad it computes, and what it gives may be written over
+    first(torch.zeros(1, first.in_features, device=DEVICE, dtype=DTYPE, requires_grad=True)).add_(1)
+    assert "streamed to" in repr(first)
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(model)
     with pytest.raises(RuntimeError, match="is streamed"):
@@ -204,13 +250,15 @@ def test_what_a_streamed_model_cannot_do_is_one_line(model, x):
         Streamer(model, between(model, 0.3), DEVICE).enable()
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(model, backend="eager", fullgraph=True)(x.detach())
+        torch.compile(model, backend="eager", fullgraph=True)(x)
 
 
 @torch.no_grad()
 def test_compiled_around_streamed_layers_is_right(model, x):
+    model = model[:3]
     expected = resident(model)(x)
-    Streamer(model, between(model, 0.3), DEVICE).enable()
+    streamer = Streamer(model, between(model, 0.1), DEVICE).enable()
+    assert len(streamer.chunks) > 1
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     for _ in range(3):
@@ -309,18 +357,21 @@ def test_generate_does_not_compile_a_streamed_model(pair):
 def test_a_streamed_model_is_saved_whole(pair, tmp_path):
     whole, streamed = pair()
     # nothing that is streamed moves
-    streamed.to(DEVICE).save_pretrained(tmp_path / "again")
+    places = [layer.weight.data_ptr() for chunk in streamed.streamer.chunks for layer in chunk.layers]
+    streamed.to(DEVICE).to(DTYPE)
+    assert places == [layer.weight.data_ptr() for chunk in streamed.streamer.chunks for layer in chunk.layers]
+    streamed.save_pretrained(tmp_path / "again")
     again = rans_kernels.load(tmp_path / "again", DEVICE, DTYPE)
     expected, found = whole.state_dict(), again.state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    layer = next(m for m in streamed.modules() if isinstance(m, CompressedLinear) and m.is_streamed)
+    layer = streamed.streamer.chunks[0].layers[0]
     assert layer.weight.device.type == "cpu" and torch.equal(layer.decode(), layer.decoded)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
 def test_weights_on_disk_stay_there(folders, pair):
     _, streamed = pair(offload="disk")
-    layer = next(m for m in streamed.modules() if isinstance(m, CompressedLinear) and m.is_streamed)
+    layer = streamed.streamer.chunks[0].layers[0]
     for tensor in (layer.weight, layer.weight_words):
         lines = Path("/proc/self/maps").read_text().splitlines()
         ranges = {tuple(int(end, 16) for end in line.split()[0].split("-")): line for line in lines}
@@ -348,11 +399,11 @@ def test_device_memory_is_within_the_budget(folders):
     whole = rans_kernels.load(folders["plain"], "cpu", DTYPE)
     budget = between(whole, 0.4)
     for offload in ("host", "disk"):
-        torch.cuda.empty_cache()
+        gc.collect()
         before = torch.cuda.memory_allocated()
         model = rans_kernels.load(folders["plain"], DEVICE, DTYPE, budget, offload)
         used = torch.cuda.memory_allocated() - before
-        assert 0.5 * budget * 1e9 < used <= budget * 1e9
+        assert 0 < used <= budget * 1e9
         model(ids(1, 8))
         del model
 
