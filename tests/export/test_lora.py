@@ -168,7 +168,7 @@ def test_a_streamed_base_runs_with_an_adapter_and_does_not_train_it(compressed, 
     with pytest.raises(BudgetError) as told:
         rans_kernels.load(folders[0], dtype=torch.float32, budget=0)
     streamed = rans_kernels.load(folders[0], dtype=torch.float32, budget=told.value.least / 1e9)
-    assert streamed.model.layers[0].mlp.down_proj.is_streamed
+    assert len(streamed.streamer.placement.chunks) > 1
     over = adapt(streamed)
     assert torch.equal(logits(over), logits(adapt(compressed)))
     with pytest.raises(RuntimeError, match="no gradient passes a streamed layer"):
