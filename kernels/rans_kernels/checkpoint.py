@@ -329,10 +329,12 @@ def open_shard(path: Path) -> Any:
     """Open a safetensors file.
 
     Raises:
-        FormatError: truncated or damaged.
+        FormatError: missing, truncated or damaged.
     """
     try:
         return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise FormatError(f"{path.parent} lacks {path.name}: copy the whole folder again") from error
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is damaged or truncated ({error}): copy it again") from error
 

@@ -27,8 +27,10 @@ from rans_kernels.checkpoint import (
     read_config,
     shard_of,
 )
+from rans_kernels.errors import DeviceError
 from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedEmbedding, CompressedLinear, CompressedWeight, TiedLinear
+from rans_kernels.ops.coded import require_device
 from rans_kernels.streaming import Streamer
 
 if TYPE_CHECKING:
@@ -71,7 +73,25 @@ class CodecQuantizer(HfQuantizer):
         self.tied = quantization_config.tied_heads
         self.is_streamed = False
 
-    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse devices that are not there or have no kernels, before weights are read.
+
+        Raises:
+            DeviceError: naming the first.
+        """
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for device in devices:
+            # others are ways to choose: auto and the like, disk, tensor parallelism
+            if isinstance(device, int | torch.device) or str(device).partition(":")[0] in ("cpu", "cuda", "mps", "xpu"):
+                require_device(device)
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        for file in checkpoint_files or ():
+            # transformers' own words on a shard that is cut do not name it
+            with open_shard(Path(file)):
+                pass
         for name, entry in self.layers.items():
             replace_module(model, name, module_for(entry), entry.stock_shape)
         for head, source in self.tied.items():
@@ -79,7 +99,12 @@ class CodecQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for name, entry in self.layers.items():
-            module = model.get_submodule(name)
+            module: Any = model.get_submodule(name)
+            if module.weight.is_meta:
+                raise DeviceError(
+                    f"{name} was offloaded, which compressed weights cannot be by accelerate: leave offload_buffers "
+                    "out, or give rans_kernels.load a budget"
+                )
             check_buffers(name, entry, {buffer: getattr(module, buffer) for buffer in BUFFERS})
             if isinstance(module, CompressedEmbedding):
                 module.dtype = model.dtype
@@ -143,11 +168,13 @@ def load(
 
     Raises:
         FormatError: not such a folder, another version, a missing, truncated or altered file.
+        DeviceError: the device is not there, or has no kernels.
         BudgetError: the budget is too small, or the device's memory.
     """
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
+    require_device(device)
     config = read_config(folder)
     parse_layers(config["quantization_config"])
     for shard in set(shard_of(folder).values()):
@@ -161,10 +188,14 @@ def load(
         if isinstance(error, FormatError):
             raise
         reason = str(error).splitlines()[0]
-        raise FormatError(f"the weights of {folder} do not fit its config.json, or are damaged ({reason})") from error
+        raise FormatError(
+            f"the weights of {folder} do not fit its config.json, or are damaged ({reason}): codecllm verify says where"
+        ) from error
     model, info = loaded
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
-        problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-        raise FormatError(f"the weights of {folder} do not fit its config.json: {problems}")
+    for problem in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, info[f"{problem}_keys"])):
+            more = f" and {len(keys) - 1} more" if keys[1:] else ""
+            what = f"{problem} {keys[0]}{more}"
+            raise FormatError(f"the weights of {folder} do not fit its config.json: {what}; copy or export it again")
     Streamer(model.eval(), math.inf if budget is None else budget, device, offload).enable()
     return model

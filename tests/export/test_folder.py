@@ -8,10 +8,13 @@ import pytest
 import rans_kernels
 import torch
 from rans_kernels.checkpoint import iterate_weights
+from rans_kernels.errors import DeviceError
 from rans_kernels.format import FormatError
+from transformers import AutoModelForCausalLM
 
 from qat.config import ExportConfig, Profile, QuantConfig
 from qat.export import export
+from tests.export.helpers import logits
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -103,6 +106,46 @@ def test_damage_is_one_clear_line(damage, folder):
     change(folder)
     with pytest.raises(FormatError, match=message) as error:
         rans_kernels.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["newer version", "shard cut", "shard empty", "shard lost", "shape altered"])
+def test_from_pretrained_tells_of_damage_as_load_does(damage, folder):
+    change, message = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(FormatError, match=message) as error:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_that_are_missing_are_named_and_counted(folder):
+    edit_model(folder, num_hidden_layers=4)
+    with pytest.raises(FormatError, match="missing model.layers.2.input_layernorm.weight and 17 more; copy or export"):
+        rans_kernels.load(folder)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "nowhere"])
+def test_a_device_that_is_not_there_is_one_line_before_anything_is_read(device, folder):
+    first_shard(folder).unlink()
+    with pytest.raises(DeviceError, match=f"{device} is not there .*: use the CPU") as error:
+        rans_kernels.load(folder, device)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device_map", ["cuda:99", {"": "cuda:99"}, {"model": "cpu", "lm_head": 99}])
+def test_so_it_is_in_a_device_map(device_map, folder):
+    with pytest.raises(DeviceError, match="99 is not there .*: use the CPU") as error:
+        AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    assert "\n" not in str(error.value)
+
+
+def test_layers_that_accelerate_offloads_keep_their_weights_where_they_compute(folder, tmp_path):
+    names = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0")
+    options = {"device_map": dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}, "offload_folder": tmp_path}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert torch.equal(logits(model), logits(rans_kernels.load(folder)))
+    with pytest.raises(DeviceError, match="model.layers.1.*was offloaded.*leave offload_buffers out") as error:
+        AutoModelForCausalLM.from_pretrained(folder, **options, offload_buffers=True)
     assert "\n" not in str(error.value)
 
 

@@ -188,6 +188,9 @@ def test_floats_multiply_as_the_plain_weight(dtype, float_case):
     for x_dtype in (w.dtype, torch.float32):
         x = torch.randn(3, 200).to(x_dtype)
         assert torch.equal(rans_linear(x, coded, one, bias), F.linear(x, w.to(x_dtype), bias.to(x_dtype)))
+    x = torch.randn(3, 200, requires_grad=True)
+    rans_linear(x, coded, one).sum().backward()
+    torch.testing.assert_close(x.grad, w.float().sum(0).expand(3, 200))
     arrays = (coded.heads, coded.words, coded.offsets, coded.table)
     torch.library.opcheck(
         torch.ops.rans_kernels.rans_linear.default, (x, *arrays, one, None, coded.numbers, None),

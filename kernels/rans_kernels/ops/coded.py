@@ -42,6 +42,20 @@ def backend_of(device: torch.device) -> str:
     return "gluon" if capability >= (8, 0) else "triton"
 
 
+def require_device(device: torch.device | str | int) -> None:
+    """Make sure that a device is there and has kernels, before anything is read for it.
+
+    Raises:
+        DeviceError: it is not, or has none.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise DeviceError(f"{device} is not there ({reason}): use the CPU, or a torch built for its GPU") from error
+    backend_of(found)
+
+
 @lru_cache
 def is_hopper(device: torch.device) -> bool:
     """True for NVIDIA GPUs of compute capability 9, which multiply by warpgroups."""
