@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers.modeling_utils import PreTrainedModel
 
 from qat.lit.module import QATModule
+from qat.model import decoder_layers
 from qat.quant.shards import spread_as, whole
 
 
@@ -71,6 +72,5 @@ class ShardedStrategy(DDPStrategy):
 
 
 def _shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    decoder: Any = model.get_decoder()
-    for layer in decoder.layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)

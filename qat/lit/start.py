@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qat.config import Granularity, Rounding, TrainConfig
 from qat.data import spread_windows
 from qat.lit.module import QATModule
+from qat.model import decoder_layers
 from qat.ptq import compensate
 from qat.ptq.calibration import walk
 from qat.quant import end_modules, grid, quantized_modules, set_fake_quant, weight_scale
@@ -93,7 +94,7 @@ def uses_start(config: TrainConfig) -> bool:
 
 
 def _in_blocks(model: Any) -> dict[str, nn.Linear]:
-    inside = {module for block in model.get_decoder().layers for module in block.modules()}
+    inside = {module for block in decoder_layers(model) for module in block.modules()}
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m in inside}
 
 

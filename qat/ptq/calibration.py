@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.errors import UserError
+from qat.model import decoder_layers
+
+Options = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is given besides the hidden states: GPT-2's get their mask by position."""
 
 
 @torch.no_grad()
@@ -27,30 +31,32 @@ def walk(model: PreTrainedModel, layers: dict[str, nn.Linear], batches: list[Ten
     Raises:
         UserError: a layer is in no block, or was not run.
     """
-    blocks = list(getattr(model.get_decoder(), "layers", []))
+    # the whole model is no block: it takes token ids
+    blocks = [block for block in decoder_layers(model) if block is not model.base_model]
     name_of = {module: name for name, module in layers.items()}
     if outside := set(name_of) - {module for block in blocks for module in block.modules()}:
         raise UserError(f"{min(name_of[m] for m in outside)} is in no decoder block, so nothing calibrates it")
     states, options = _inputs(model, blocks, batches)
-    for block, kwargs in zip(blocks, options, strict=True):
+    for block, given in zip(blocks, options, strict=True):
         inside = {name_of[module]: module for module in block.modules() if module in name_of}
         with _Moments(inside) as moments:
-            for x, more in zip(states, kwargs, strict=True):
-                block(x, **more)
+            for x, (args, kwargs) in zip(states, given, strict=True):
+                block(x, *args, **kwargs)
         yield moments.means()
-        states = [_first(block(x, **more)) for x, more in zip(states, kwargs, strict=True)]
+        states = [_first(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(states, given, strict=True)]
 
 
 def _inputs(
     model: PreTrainedModel, blocks: list[nn.Module], batches: list[Tensor]
-) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """What enters the first block, by batch, and the keyword arguments of every block, by block and batch."""
+) -> tuple[list[Tensor], list[list[Options]]]:
+    """What enters the first block, by batch, and what every block is given with it, by block and batch."""
     states: list[Tensor] = []
-    options: list[list[dict[str, Any]]] = [[] for _ in blocks]
+    options: list[list[Options]] = [[] for _ in blocks]
 
     def keep(index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            options[index].append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            more = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            options[index].append((args[1:], more))
             if index == 0:
                 states.append(args[0] if args else kwargs["hidden_states"])
 

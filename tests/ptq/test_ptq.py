@@ -6,15 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from rans_kernels.dense import dequantize
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from qat.cli import compose
+from qat.config import QuantConfig
 from qat.errors import UserError
 from qat.export import export
 from qat.model import load_model
 from qat.ptq import METHODS, Trained, find_knob
 from qat.ptq.calibration import walk
 from qat.ptq.methods import STEPS, priced
-from qat.quant import weight_scale
+from qat.quant import prepare, quantized_modules, weight_scale
 
 KNOBS = {"rtn": 0.5, "gptq": 0.5, "rtn-layer": 0.5, "gptq-layer": 0.5, "entquant": 12.0}
 
@@ -102,6 +104,27 @@ def test_hessians_are_of_what_the_rounded_model_lets_through(trained, batches):
     for name in down:
         x = torch.cat([part.flatten(0, 1) for part in inputs[name]])
         torch.testing.assert_close(seen[name], x.T @ x / len(x))
+
+
+def test_blocks_that_take_their_mask_by_position_get_it():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    shape = GPT2Config(**sizes, initializer_range=0.3)
+    # sdpa would be causal without a mask
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation="eager").eval()
+    prepare(model, QuantConfig())
+    layers, batch = quantized_modules(model), torch.randint(300, (4, 40))
+    inputs = {}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+    with torch.no_grad():
+        model(input_ids=batch)
+    # the hooks stay, and see what walk runs too
+    expected = {name: x.T @ x / len(x) for name, x in inputs.items()}
+    blocks = list(walk(model, layers, [batch]))
+    assert [sorted(block) for block in blocks] == [sorted(n for n in layers if f".h.{i}." in n) for i in range(2)]
+    for name, moment in (item for block in blocks for item in block.items()):
+        torch.testing.assert_close(moment, expected[name])
 
 
 def test_a_price_buys_coarser_steps_and_none_is_the_finest():
