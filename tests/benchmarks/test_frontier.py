@@ -75,9 +75,8 @@ def test_every_recipe_is_a_command_of_training(tiny_llama, tmp_path, name):
     assert config.trainer.max_steps == 500 and config.quant.enabled == (name != "finetune")
 
 
-# of every way to price, hold, freeze and count
-KINDS = ["rate", "rate-prior", "rate-noprice", "rate-dual", "rate-nofreeze", "rate-row", "rate-whole", "rate-together",
-         "rate-fast", "ste-decay", "finetune"]  # fmt: skip
+# of every way to price, hold and count
+KINDS = ["rate", "rate-prior", "rate-dual", "rate-whole", "rate-fast", "ste", "finetune"]
 
 
 def test_recipes_train_to_the_target_and_a_broken_one_loses_no_others(run, monkeypatch, tmp_path):
