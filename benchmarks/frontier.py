@@ -35,7 +35,7 @@ from qat.data import load_tokens, spread_windows, windows
 from qat.divergence import kl_divergence, log_probabilities, negative_log_likelihood, same_top
 from qat.errors import UserError
 from qat.inference import pick_device
-from qat.model import check_output_logits, load_model, load_tokenizer, output_logits
+from qat.model import check_output_logits, hidden_states, load_model, load_tokenizer, output_logits
 from qat.ptq import METHODS as AFTER_TRAINING
 from qat.ptq import Trained
 from qat.report import environment, print_table, write_json
@@ -150,8 +150,7 @@ class Judge:
         check_output_logits(base)
         self.base, self.texts = base, texts
         self.hidden = {
-            name: [base.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state for batch in batches]
-            for name, batches in texts.items()
+            name: [hidden_states(base, batch[:, :-1])[-1] for batch in batches] for name, batches in texts.items()
         }
 
     @torch.inference_mode()

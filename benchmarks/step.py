@@ -38,7 +38,7 @@ from qat.distill import Losses, distillation_loss, token_losses
 from qat.errors import UserError
 from qat.inference import pick_device
 from qat.lit.module import parameter_groups
-from qat.model import compile_layers, output_logits
+from qat.model import compile_layers, hidden_states, output_logits
 from qat.quant import prepare
 from qat.quant.rate import RateTerm, pull_rate, rate_terms
 from qat.report import device_slug, environment, print_table, write_json
@@ -93,10 +93,10 @@ class Step:
         """The loss."""
         ids, targets, loss = self.ids[:, :-1], self.ids[:, 1:], self.config.loss
         with torch.autocast(ids.device.type, torch.bfloat16):
-            hidden, teacher_hidden = self.hidden(self.model), None
+            (hidden,), teacher_hidden = hidden_states(self.model, ids), None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_hidden = self.hidden(self.teacher)
+                    (teacher_hidden,) = hidden_states(self.teacher, ids)
             result = distillation_loss(
                 hidden,
                 teacher_hidden,
@@ -113,10 +113,6 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return result.loss.detach()
-
-    def hidden(self, model: PreTrainedModel) -> Tensor:
-        """Last hidden states [B, T, D]."""
-        return model.base_model(input_ids=self.ids[:, :-1], use_cache=False).last_hidden_state
 
     def refresh(self) -> None:
         """What a run does every rate.every steps: histograms, and the price that is paid from then on."""

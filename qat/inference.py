@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from rans_kernels.errors import ABSENT
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -37,7 +38,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except ABSENT as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={name} is not there ({reason}): auto takes what is") from error
     return device

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rans_kernels.errors import DeviceError
+from rans_kernels.errors import ABSENT, DeviceError
 from rans_kernels.format import DTYPES, LANES, Split, TileLayout
 from rans_kernels.ops.table import slot_table, warp_table
 
@@ -50,7 +50,7 @@ def require_device(device: torch.device | str | int) -> None:
     """
     try:
         found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except ABSENT as error:
         reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise DeviceError(f"{device} is not there ({reason}): use the CPU, or a torch built for its GPU") from error
     backend_of(found)
