@@ -79,11 +79,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-class Int8Linear(nn.Module):
+class Float32Scale(nn.Module):
+    """A module whose `weight_scale` stays in float32, whatever `half()`, `to(dtype)` and the like ask of the rest."""
+
+    weight_scale: Tensor
+
+    def _apply(self, fn, recurse=True):
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype is not torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+
+class CastEmbedding(Float32Scale):
+    """An embedding whose vectors, of `dtype`, follow such a cast."""
+
+    dtype: torch.dtype
+
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+class Int8Linear(Float32Scale):
     """Linear layer with INT8 weights kept dense: what `convert` gives, and the reference of the compressed layer."""
 
     weight_int8: Tensor
-    weight_scale: Tensor
 
     def __init__(
         self,
@@ -126,11 +148,10 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(CastEmbedding):
     """Embedding with INT8 rows, looked up and then dequantised."""
 
     weight_int8: Tensor
-    weight_scale: Tensor
 
     def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | None = None):
         """Args: q: int8 [V, D]. scale: float32, see `expand_scale`. dtype: of the output. group_size: or None."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rans_kernels.dense import Int8Linear, int8_linear, linear, look_up
+from rans_kernels.dense import CastEmbedding, Float32Scale, Int8Linear, int8_linear, linear, look_up
 from rans_kernels.format import LANES, ROW_WORDS, TileLayout
 from rans_kernels.ops.coded import CodedWeight, backend_of
 from rans_kernels.ops.rans_decode import rans_decode
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rans_kernels.staging import DecodeAhead
 
 
-class CompressedWeight(nn.Module):
+class CompressedWeight(Float32Scale):
     """Buffers of one compressed weight, named as in the file, and what is derived from them on first use.
 
     Attributes:
@@ -34,7 +34,6 @@ class CompressedWeight(nn.Module):
     weight_words: Tensor
     weight_offsets: Tensor
     weight_freqs: Tensor
-    weight_scale: Tensor
 
     def __init__(self, layout: TileLayout, word_rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
         """Args: layout: how it is coded. word_rows: of the words. scale_shape: of the scales. group_size: or None."""
@@ -150,7 +149,7 @@ class CompressedLinear(CompressedWeight):
         return Int8Linear(self.weight_int8, self.weight_scale, self.bias, self.group_size, layout.units, layout.fold)
 
 
-class CompressedEmbedding(CompressedWeight):
+class CompressedEmbedding(CastEmbedding, CompressedWeight):
     """Embedding whose rows are looked up in INT8, or in the floats that were coded, decoded once."""
 
     def __init__(self, layout: TileLayout, word_rows: int, scale_shape: tuple[int, int], group_size: int | None = None):
