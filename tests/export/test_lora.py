@@ -221,15 +221,15 @@ def test_peft_that_was_there_before_learns_of_compressed_layers_too(monkeypatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [2, 12], ids=["fused", "decoded"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
-def test_gradients_on_a_gpu_are_close_to_those_over_plain_weights(rows, dtype, bound, folders):
-    over = adapt(rans_kernels.load(folders[0], device="cuda", dtype=dtype))
-    under = adapt(plain(folders[1], dtype).to("cuda"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_on_a_gpu_are_as_good_as_those_over_plain_weights(rows, dtype, folders):
     ids = batch(rows, "cuda")
-    found, expected = gradients(over, ids), gradients(under, ids)
+    found = gradients(adapt(rans_kernels.load(folders[0], device="cuda", dtype=dtype)), ids)
+    plainly, truth = (gradients(adapt(plain(folders[1], kind).to("cuda")), ids) for kind in (dtype, torch.float32))
     assert len(found) == 12
-    for name in expected:
-        assert (found[name] - expected[name]).norm() <= bound * expected[name].norm(), name
+    for name, exact in truth.items():
+        bound = 2 * (plainly[name] - exact).norm() + 1e-4 * exact.norm()
+        assert (found[name] - exact).norm() <= bound, name
 
 
 @pytest.mark.gpu
