@@ -123,11 +123,6 @@ class CodedWeight:
         return getattr(torch, self.layout.dtype)
 
     @property
-    def overrun_bytes(self) -> int:
-        """How far the cursor of a damaged tile can run: a word for every symbol of every lane."""
-        return 2 * LANES * self.layout.most_units * self.layout.unit_symbols
-
-    @property
     def numbers(self) -> list[int]:
         """Everything that is no tensor, as custom operators take it."""
         layout = self.layout
@@ -142,7 +137,18 @@ class CodedWeight:
     @classmethod
     def of(cls, heads: Tensor, words: Tensor, offsets: Tensor, table: Tensor, numbers: list[int]) -> "CodedWeight":
         """Put together again what a custom operator was given."""
-        n, k, fold, coded, raw, units, precision, dtype, *masks, word_rows = numbers
-        windows = tuple(32 * i + bit for i, mask in enumerate(masks) for bit in range(32) if mask >> bit & 1)
-        layout = TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], windows, fold)
-        return cls(heads, words, offsets, table, layout, word_rows)
+        return cls(heads, words, offsets, table, layout_of(*numbers[:-1]), numbers[-1])
+
+
+@lru_cache(maxsize=4096)
+def layout_of(
+    n: int, k: int, fold: int, coded: int, raw: int, units: int, precision: int, dtype: int, *masks: int
+) -> TileLayout:
+    """The layout that `CodedWeight.numbers` tells of; made anew it takes a CPU longer than to call the operator."""
+    windows = tuple(32 * i + bit for i, mask in enumerate(masks) for bit in range(32) if mask >> bit & 1)
+    return TileLayout((n, k), Split(coded, raw), units, precision, DTYPES[dtype], windows, fold)
+
+
+def overrun_bytes(layout: TileLayout) -> int:
+    """How far the cursor of a damaged tile can run: a word for every symbol of every lane."""
+    return 2 * LANES * layout.most_units * layout.unit_symbols

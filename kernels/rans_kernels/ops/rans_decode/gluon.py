@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rans_kernels.format import STATE_LOW
-from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.ops.coded import CodedWeight, overrun_bytes
 from rans_kernels.ops.launch import fit_shared
 from rans_kernels.ops.simt import (
     align,
@@ -373,7 +373,7 @@ def launch_options(weights: Sequence[CodedWeight], dtype: torch.dtype, launch: D
     launch = launch or choose_launch(dtype, sum(weight.layout.tiles for weight in weights), word_ring)
     split, lines = first.layout.split, launch.lines
     # a ring of words stands at a multiple of its size, and a cursor that runs on stays in it
-    slack, overrun = (word_bytes, 0) if word_ring else (0, max(weight.overrun_bytes for weight in weights))
+    slack, overrun = (word_bytes, 0) if word_ring else (0, max(overrun_bytes(weight.layout) for weight in weights))
     stages = 1 if word_ring else launch.stages
     ring = 128 * first.layout.unit_rows * stages if stages > 1 else 0
 

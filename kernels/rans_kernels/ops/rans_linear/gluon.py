@@ -8,6 +8,7 @@ Nothing is written but y. panel.py has the arithmetic and its order.
 # mypy: disable-error-code="assignment"
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,8 +16,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from rans_kernels.format import STATE_LOW
-from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.format import STATE_LOW, TileLayout
+from rans_kernels.ops.coded import CodedWeight, overrun_bytes
 from rans_kernels.ops.launch import MAX_ROWS, Launch, choose_launch, fit_shared
 from rans_kernels.ops.panel import (
     finish_panel,
@@ -269,11 +270,25 @@ def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: i
 
     The weights have one layout but for their N, and sums in one order.
     """
-    layout = weights[0].layout
+    layouts, word_rows = tuple(weight.layout for weight in weights), max(weight.word_rows for weight in weights)
+    return _launch_options(device, layouts, word_rows, weights[0].table.nbytes, rows, launch)
+
+
+# worked out anew it takes a CPU as long as the launch itself
+@lru_cache(maxsize=4096)
+def _launch_options(
+    device: torch.device,
+    layouts: tuple[TileLayout, ...],
+    word_rows: int,
+    table_bytes: int,
+    rows: int,
+    launch: Launch | None,
+) -> dict:
+    layout = layouts[0]
     tiles, coded, raw = layout.grid[1], layout.split.coded_bits, layout.split.raw_bits
-    word_bytes, ring = word_buffer_bytes(max(weight.word_rows for weight in weights))
+    word_bytes, ring = word_buffer_bytes(word_rows)
     column_blocks = triton.next_power_of_2(-(-rows // 8))
-    shape = sum(weight.layout.coded_shape[0] for weight in weights), layout.coded_shape[1]
+    shape = sum(each.coded_shape[0] for each in layouts), layout.coded_shape[1]
     warps, stages, overlap = launch or choose_launch(device, shape, column_blocks, tiles)
     stages = 1 if ring else stages
 
@@ -281,8 +296,8 @@ def launch_options(device: torch.device, weights: Sequence[CodedWeight], rows: i
         buffers = 1 if ring or tiles <= warps else 2
         behind = warps * stages * 128 * layout.unit_rows + -(-tiles // warps) * warps * 512 * column_blocks
         # a ring stands at a multiple of its size, and a cursor that runs on stays in it
-        slack, overrun = (word_bytes, 0) if ring else (0, weights[0].overrun_bytes)
-        return weights[0].table.nbytes + slack + warps * buffers * word_bytes + max(behind, overrun)
+        slack, overrun = (word_bytes, 0) if ring else (0, overrun_bytes(layout))
+        return table_bytes + slack + warps * buffers * word_bytes + max(behind, overrun)
 
     warps = fit_shared(device, warps, shared_bytes)
     pieces = shared_pieces(shared_bytes(warps))

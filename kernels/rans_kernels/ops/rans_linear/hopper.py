@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rans_kernels.format import STATE_LOW
-from rans_kernels.ops.coded import CodedWeight
+from rans_kernels.ops.coded import CodedWeight, overrun_bytes
 from rans_kernels.ops.launch import WideLaunch, choose_wide_launch
 from rans_kernels.ops.panel import pad_columns, row_operands, span_tiles
 from rans_kernels.ops.simt import (
@@ -319,7 +319,7 @@ def rans_linear_hopper(
     word_bytes, ring = word_buffer_bytes(weight.word_rows)
     words = (warps + 1 if ring else 2 * warps) * word_bytes
     behind = STAGES * (warps * 128 * raw + stage_bytes(128 * columns)) + 128
-    pieces = shared_pieces(weight.table.nbytes + words + max(behind, 0 if ring else weight.overrun_bytes))
+    pieces = shared_pieces(weight.table.nbytes + words + max(behind, 0 if ring else overrun_bytes(weight.layout)))
     arranged = torch.empty(blocks * columns, k, dtype=x.dtype, device=x.device)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     out = torch.empty(spans, m, n, dtype=torch.float32, device=x.device) if spans > 1 else y
