@@ -2,8 +2,9 @@
 
 A Llama of a named shape with random weights (benchmarks/generate.py), head and embedding in half precision, within a
 memory budget for weights: compressed at about 3 and 4 bits, and in float16, streamed by the same `Streamer`; and, for
-comparison, resident. Greedy, one prompt, a dynamic cache, eager. Gate: every streamed run gives the tokens of its
-resident one. Beside it: the bandwidth of copies from pinned memory, which bounds all of it.
+comparison, resident. Greedy, one prompt; eagerly with a dynamic cache, and with a static cache and every step the same
+CUDA graph, copies and all. Gate: every streamed run gives the tokens of its resident one. Beside it: the bandwidth of
+copies from pinned memory, which bounds all of it.
 """
 
 import argparse
@@ -20,19 +21,24 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from benchmarks.generate import PROMPT_TOKENS, SHAPES, build, fill, synchronize
 from benchmarks.linear import WEIGHTS
+from eval.graph import StepGraph
 from qat.errors import UserError
 from qat.inference import pick_device
 from qat.report import device_slug, environment, print_table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 CODINGS = ("3 bits", "4 bits", "compact")
-COLUMNS = ("weights", "budget_gb", "offload", "slots", "stays", "tokens_s", "over_float16", "streamed_gb_s")
+SPEEDS = ("eager", "graph")
+COLUMNS = (
+    "weights", "budget_gb", "offload", "slots", "stays", "eager_tokens_s", "graph_tokens_s", "eager_over_float16",
+    "graph_over_float16", "streamed_gb_s",
+)  # fmt: skip
 Row = dict[str, Any]
 
 
 @torch.inference_mode()
 def generate(model: LlamaForCausalLM, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
-    """Greedy tokens [1, tokens], and seconds of all but the first two, which learn the order of the layers."""
+    """Greedy tokens [1, tokens], and tokens a second of all but the first two."""
     cache, ids, found, begin = DynamicCache(config=model.config), prompt, [], 0.0
     for step in range(tokens):
         ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
@@ -41,7 +47,37 @@ def generate(model: LlamaForCausalLM, prompt: Tensor, tokens: int) -> tuple[Tens
             synchronize(model.device)
             begin = time.perf_counter()
     synchronize(model.device)
-    return torch.cat(found, dim=1), time.perf_counter() - begin
+    return torch.cat(found, dim=1), (tokens - 2) / (time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def generate_recorded(model: LlamaForCausalLM, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
+    """The same by one CUDA graph."""
+    graph = StepGraph(model, 1, prompt.shape[1] + tokens + 2)
+    graph.start(prompt)
+    found, begin = [graph.ids.clone()], 0.0
+    for step in range(1, tokens):
+        graph.step()
+        found.append(graph.ids.clone())
+        if step == 1:
+            synchronize(model.device)
+            begin = time.perf_counter()
+    synchronize(model.device)
+    return torch.cat(found, dim=1), (tokens - 2) / (time.perf_counter() - begin)
+
+
+def measure(model: LlamaForCausalLM, prompt: Tensor, tokens: int, graph: bool) -> tuple[dict[str, Tensor], Row]:
+    """Tokens and speed, eager and recorded; of the latter none unless `graph`.
+
+    A first run learns the order of the layers and takes memory from the device, which a virtual machine is slow at.
+    """
+    found, speeds = {}, Row()
+    generate(model, prompt, tokens)
+    for name, run in zip(SPEEDS, (generate, generate_recorded), strict=True):
+        if name == "eager" or graph:
+            found[name], rate = run(model, prompt, tokens)
+            speeds[f"{name}_tokens_s"] = round(rate, 2)
+    return found, speeds
 
 
 def bandwidth(device: torch.device) -> float | None:
@@ -77,11 +113,11 @@ def bench(weights: str, device: torch.device, args: argparse.Namespace) -> list[
     prompt = torch.randint(
         SHAPES[args.shape]["vocab_size"], (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(3)
     ).to(device)
-    expected, seconds = generate(model, prompt, args.tokens)
+    expected, speeds = measure(model, prompt, args.tokens, True)
     about = {"shape": args.shape, "weights": weights, "weight_bytes": stored, "tokens": args.tokens}
-    rows: list[Row] = [{**about, "budget_gb": None, "tokens_s": round((args.tokens - 2) / seconds, 2)}]
+    rows: list[Row] = [{**about, "budget_gb": None, **speeds}]
     spent = time.perf_counter() - begin
-    print(f"{weights}, resident: {rows[0]['tokens_s']} tokens/s; {spent:.0f} s so far", flush=True)
+    print(f"{weights}, resident: {speeds}; {spent:.0f} s so far", flush=True)
     low, high = least_and_all(model, device, args.slots)
     runs = [(budget, "host", args.slots, True) for budget in args.budgets or [(low + high) / 2]]
     if weights == "4 bits":
@@ -90,23 +126,24 @@ def bench(weights: str, device: torch.device, args: argparse.Namespace) -> list[
         runs += [(first, "disk", args.slots, True), (last, "host", 2, True), (last, "host", args.slots, False)]
     for budget, offload, slots, spread in runs:
         streamer = Streamer(model, budget, device, offload, slots, spread).enable()
-        found, seconds = generate(model, prompt, args.tokens)
+        # a reader's thread is not recorded
+        found, speeds = measure(model, prompt, args.tokens, offload == "host")
         used = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
         streamer.disable()
-        if not torch.equal(found, expected):
+        if not all(torch.equal(tokens, expected[name]) for name, tokens in found.items()):
             raise SystemExit(f"error: {weights} within {budget} GB gives other tokens; no figures written")
-        plan, rate = streamer.placement, (args.tokens - 2) / seconds
+        plan, best = streamer.placement, max(speeds.values())
         rows.append(
             {
                 **about, "budget_gb": budget, "offload": offload, "slots": plan.slots,
-                "stays": "spread" if spread else "first", "tokens_s": round(rate, 2),
-                "streamed_bytes": plan.streamed_bytes, "streamed_gb_s": round(plan.streamed_bytes * rate / GB, 2),
+                "stays": "spread" if spread else "first", **speeds,
+                "streamed_bytes": plan.streamed_bytes, "streamed_gb_s": round(plan.streamed_bytes * best / GB, 2),
                 "needed_bytes": plan.needed, "device_bytes": used, "divergent_tokens": 0,
-                "distinct_tokens": len(found.unique()),
+                "distinct_tokens": len(found["eager"].unique()),
             }
         )  # fmt: skip
         spent = time.perf_counter() - begin
-        print(f"{weights}, {budget:.3g} GB, {offload}: {rate:.2f} tokens/s; {spent:.0f} s so far", flush=True)
+        print(f"{weights}, {budget:.3g} GB, {offload}: {speeds}; {spent:.0f} s so far", flush=True)
     return rows
 
 
@@ -133,7 +170,9 @@ def main() -> None:
     plain = {row["budget_gb"]: row for row in rows if row["weights"] == "float16" and row.get("offload") == "host"}
     for row in rows:
         if row["budget_gb"] in plain and row["offload"] == "host":
-            row["over_float16"] = round(row["tokens_s"] / plain[row["budget_gb"]]["tokens_s"], 2)
+            for name in SPEEDS:
+                rate, slow = (each[f"{name}_tokens_s"] for each in (row, plain[row["budget_gb"]]))
+                row[f"{name}_over_float16"] = round(rate / slow, 2)
     if device.type == "cuda":
         data = {"environment": environment(), "pinned_gb_s": copies, "rows": rows}
         write_json(RESULTS / f"stream-{device_slug()}.json", data)

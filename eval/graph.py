@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rans_kernels.streaming import record
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
@@ -17,7 +18,7 @@ class StepGraph:
     def __init__(self, model: PreTrainedModel, batch: int, length: int):
         """Args: model: in eval mode. batch: rows. length: tokens that the cache holds."""
         self.model = model
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], None] | None = None
         self.cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
         # transformers 5.24 has another name for it
         names = inspect.signature(type(model).forward).parameters
@@ -35,17 +36,17 @@ class StepGraph:
 
     def start(self, prompt: Tensor) -> None:
         """Begin anew behind a prompt, which is read eagerly; the first time on a GPU the step is recorded."""
-        if self.graph is None and self.model.device.type == "cuda":
+        if self.replay is None and self.model.device.type == "cuda":
             self._record(prompt)
         self.cache.reset()
         self.read(prompt)
 
     def step(self) -> None:
         """Read the last tokens."""
-        if self.graph is None:
+        if self.replay is None:
             self.read(self.ids)
         else:
-            self.graph.replay()
+            self.replay()
 
     def _record(self, prompt: Tensor) -> None:
         stream = torch.cuda.Stream(self.model.device)
@@ -56,10 +57,7 @@ class StepGraph:
             for _ in range(2):
                 self.read(self.ids)
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.read(self.ids)
-        self.graph = graph
+        self.replay = record(self.model, lambda: self.read(self.ids))
 
 
 @torch.no_grad()

@@ -6,12 +6,13 @@ keeps on the device what the budget holds (placement.py). The weights of the oth
 stored, are copied into one of a few slots on a side stream while the layers before compute, and the kernels of a
 resident layer run on the slot: results are those of the resident model, to the bit. Chunks are fetched in the order in
 which they followed one another last, the first again behind the last; another order is right too, but waits. Two events
-order a slot: it is read after `ready`, written after `free`.
+order a slot: it is read after `ready`, written after `free`. `record` makes a CUDA graph of a pass, copies and all.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -58,8 +59,8 @@ class Staging(Slot):
 class Streamer:
     """Slots, a side stream, and the weights that wait.
 
-    A streamed model computes, and no more: gradients do not pass its layers, and it is not compiled, captured in a CUDA
-    graph or copied.
+    A streamed model computes, and no more: gradients do not pass its layers, it is not compiled or copied, and `record`
+    alone captures it in a CUDA graph.
 
     Attributes:
         placement: what stays on the device and what is streamed.
@@ -108,6 +109,8 @@ class Streamer:
         self.at: dict[int, Staging] = {}
         self.side: torch.cuda.Stream | None = None
         self.reader: ThreadPoolExecutor | None = None
+        # chunks that a recording has copied
+        self.recorded: set[int] | None = None
 
     def enable(self) -> "Streamer":
         """Move everything to where it belongs; from now on the model runs on the device.
@@ -135,7 +138,7 @@ class Streamer:
             self.put_to_rest(c)
         for module in self.model.modules():
             if id(module) not in self.where:
-                module._apply(lambda tensor: tensor.to(self.device), recurse=False)
+                module._apply(lambda tensor: bring(tensor, self.device), recurse=False)
                 if isinstance(module, CompressedWeight):
                     module.prepare()
         if not self.chunks:
@@ -193,7 +196,7 @@ class Streamer:
             else:
                 tensors["weight"] = like(layer.weight, tensors["weight"])
             if isinstance(layer.bias, nn.Parameter):
-                layer.bias.data = layer.bias.data.to(self.device)
+                layer.bias.data = bring(layer.bias.data, self.device)
             self.rest[chunk].append(Weights(tensors, coded))
             put(layer, self.rest[chunk][-1])
         if memory is not None:
@@ -247,8 +250,8 @@ class Streamer:
         """Put the layer's weights in place and begin to fetch those behind them; returns the slot they are in."""
         if x.device != self.device:
             raise RuntimeError(f"weights are streamed to {self.device} and x is on {x.device}: load the model for that")
-        if self.side is not None and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a streamed model cannot be captured in a CUDA graph: load it without budget")
+        if self.side is not None and self.recorded is None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a streamed model is captured in a CUDA graph by rans_kernels.streaming.record alone")
         chunk, position = self.where[id(layer)]
         if chunk != self.last:
             self.fetch(chunk)
@@ -264,8 +267,8 @@ class Streamer:
         if self.last is not None:
             self.behind[self.last] = chunk
         self.last = chunk
-        wanted = [chunk]
-        while len(wanted) < len(self.slots) and (following := self.behind[wanted[-1]]) not in wanted:
+        wanted, done = [chunk], self.recorded or set()
+        while len(wanted) < len(self.slots) and (following := self.behind[wanted[-1]]) not in {*wanted, *done}:
             wanted.append(following)
         spare = [slot for slot in self.slots if slot.holds not in wanted]
         for c in wanted:
@@ -277,10 +280,44 @@ class Streamer:
             if slot.holds is not None:
                 del self.at[slot.holds]
             self.at[c], slot.holds = slot, c
+            if self.recorded is not None:
+                self.recorded.add(c)
             if self.reader is None:
                 self.copy(c, self.memory[c], slot)
             else:
                 slot.pending = self.reader.submit(self.read, c, slot)
+
+    def forget(self) -> None:
+        """From now on nothing is in the slots, which what the current stream has been given may still use."""
+        stream = torch.cuda.current_stream(self.device)
+        for slot in self.slots:
+            # another event: one of a capture means nothing outside of it, and the other way round
+            slot.holds, slot.ready, slot.free = None, torch.cuda.Event(), torch.cuda.Event()
+            slot.free.record(stream)
+        self.at, self.last = {}, None
+
+    def wait(self) -> None:
+        """Let the current stream wait for all copies and readers."""
+        assert self.side is not None
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self.side)
+        for slot in self.slots:
+            if slot.free is not None:
+                stream.wait_event(slot.free)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While a graph is captured: it begins with nothing in the slots and leaves nothing there."""
+        assert self.side is not None
+        self.forget()
+        # what the side does belongs to the capture from here on, whatever happens
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        self.recorded = set()
+        try:
+            yield
+        finally:
+            self.recorded = None
+            self.wait()
 
     def read(self, chunk: int, slot: Staging) -> None:
         """Read a chunk from disk into a slot, in the reader's thread; for a GPU by way of pinned memory."""
@@ -300,6 +337,8 @@ class Streamer:
         if self.side is None or slot.free is None or slot.ready is None:
             slot.memory[:size].copy_(source[:size])
             return
+        if self.recorded is not None:
+            source = DeviceView(source).tensor(self.device)
         with torch.cuda.stream(self.side):
             self.side.wait_event(slot.free)
             slot.memory[:size].copy_(source[:size], non_blocking=True)
@@ -340,6 +379,46 @@ class Gone(torch.autograd.Function):
         raise RuntimeError("no gradient passes a streamed layer, whose weights are gone: load the model without budget")
 
 
+def record(model: nn.Module, run: Callable[[], None]) -> Callable[[], None]:
+    """Capture what `run` does in a CUDA graph, whether or not the model is streamed; calling the result does it again.
+
+    Of a streamed model the graph copies every chunk into a slot itself, so that it may be replayed at any time; what it
+    had fetched ahead is fetched anew.
+
+    Args:
+        model: on a GPU. It has run before, twice if it is streamed: kernels are compiled, and the order is known.
+        run: computes with the model from tensors that stay where they are into such tensors.
+
+    Raises:
+        RuntimeError: the model is streamed from disk, which takes a thread; or what torch raises of what it cannot
+            capture.
+    """
+    streamer: Streamer | None = getattr(model, "streamer", None)
+    graph = torch.cuda.CUDAGraph()
+    if streamer is None or not streamer.slots:
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+    if streamer.reader is not None:
+        raise RuntimeError("a model streamed from disk cannot be captured in a CUDA graph: give offload='host'")
+    streamer.wait()
+    torch.cuda.synchronize(streamer.device)
+    try:
+        with torch.cuda.graph(graph), streamer.recording():
+            run()
+    finally:
+        streamer.forget()
+
+    def replay() -> None:
+        if not streamer.slots:
+            raise RuntimeError("the model is streamed no more: record it again")
+        streamer.wait()
+        graph.replay()
+        streamer.forget()
+
+    return replay
+
+
 def put(layer: nn.Module, weights: Weights) -> None:
     """Let a layer compute from tensors that are elsewhere."""
     tensors: Any = layer._buffers
@@ -354,6 +433,12 @@ def put(layer: nn.Module, weights: Weights) -> None:
 def like(parameter: Any, tensor: Tensor) -> nn.Parameter:
     """A parameter that wants gradients if another does: torch multiplies by one in another way, with no_grad too."""
     return nn.Parameter(tensor, parameter.requires_grad)
+
+
+def bring(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor to the device: one of inference mode stays one, as the parameter that gets it for its data is."""
+    with torch.inference_mode(tensor.is_inference()):
+        return tensor.to(device)
 
 
 def settle(slot: Staging) -> None:
@@ -380,6 +465,21 @@ def host_memory(size: int, pinned: bool) -> Tensor:
             raise BudgetError(f"{told}: give offload='disk', or make room")
         weakref.finalize(memory, unpin, memory.data_ptr()).atexit = False
     return memory
+
+
+class DeviceView:
+    """Pinned host memory as the device addresses it: only so torch captures copies of what others have pinned."""
+
+    def __init__(self, memory: Tensor):
+        """Args: memory: uint8 [bytes] of `host_memory`."""
+        self.memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": tuple(memory.shape), "typestr": "|u1", "data": (memory.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """The same bytes; it keeps the memory."""
+        return torch.as_tensor(self, device=device)
 
 
 def unpin(address: int) -> None:

@@ -18,7 +18,8 @@ def test_rows_say_what_was_streamed():
     assert resident["budget_gb"] is None and {row["offload"] for row in streamed} == {"host", "disk"}
     assert {row["slots"] for row in streamed} == {2, 3} and {row["stays"] for row in streamed} == {"first", "spread"}
     for row in streamed:
-        assert 0 < row["streamed_bytes"] < row["needed_bytes"] <= 1e9 * row["budget_gb"] and row["tokens_s"] > 0
+        assert 0 < row["streamed_bytes"] < row["needed_bytes"] <= 1e9 * row["budget_gb"]
+        assert row["eager_tokens_s"] > 0 and ("graph_tokens_s" in row) == (row["offload"] == "host")
 
 
 def test_other_tokens_stop_it(monkeypatch):

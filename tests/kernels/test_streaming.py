@@ -17,10 +17,11 @@ from rans_kernels.format import Split, TileLayout
 from rans_kernels.linear import CompressedLinear
 from rans_kernels.placement import BudgetError, choose, openings, place
 from rans_kernels.staging import DecodeAhead
-from rans_kernels.streaming import Streamer, settle
+from rans_kernels.streaming import Streamer, record, settle
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from eval.graph import graph_greedy
 from qat.config import ExportConfig, Lossless, QuantConfig
 from qat.export import export
 from qat.inference import generate_greedy
@@ -68,10 +69,10 @@ def full(model):
     return place(model, math.inf, DEVICE, 3).needed / 1e9
 
 
-def between(model, share):
+def between(model, share, slots=3):
     """A budget in GB that is more than the least that does by a share of what is between that and all."""
     with pytest.raises(BudgetError) as error:
-        place(model, 1e-6, DEVICE, 3)
+        place(model, 1e-6, DEVICE, slots)
     return error.value.least / 1e9 * (1 - share) + full(model) * share
 
 
@@ -94,6 +95,9 @@ def poisoned(monkeypatch):
             if slot.holds != chunk:
                 slot.holds = None
                 slot.memory.fill_(255)
+        if DEVICE.type == "cuda":
+            # or it would race with the copies, which wait for the slots' readers alone
+            torch.cuda.synchronize()
         fetch(self, chunk)
 
     monkeypatch.setattr(Streamer, "fetch", spoil)
@@ -255,9 +259,9 @@ def test_what_a_streamed_model_cannot_do_is_one_line(model, x):
 
 @torch.no_grad()
 def test_compiled_around_streamed_layers_is_right(model, x):
-    model = model[:3]
+    model = model[:4]
     expected = resident(model)(x)
-    streamer = Streamer(model, between(model, 0.1), DEVICE).enable()
+    streamer = Streamer(model, between(model, 0.1, slots=2), DEVICE, slots=2).enable()
     assert len(streamer.chunks) > 1
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
@@ -420,8 +424,61 @@ def test_streams_may_change_and_capture_is_refused(model, x):
             found = model(x)
         torch.cuda.current_stream().wait_stream(stream)
         assert torch.equal(found, expected)
-    with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="streaming.record alone"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         model(x)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("share", SHARES)
+def test_a_recorded_pass_is_right_whenever_it_is_replayed(model, x, slots, share):
+    inputs = [torch.randn_like(x) for _ in range(6)]
+    reference = resident(model)
+    expected = [reference(each) for each in inputs]
+    streamer = Streamer(model, between(model, share, slots), DEVICE, slots=slots).enable()
+    given, found = x.clone(), torch.empty_like(expected[0])
+    for _ in range(2):
+        model(x)
+    replay = record(model, lambda: found.copy_(model(given)))
+    found.fill_(math.nan)
+    others = [torch.cuda.Stream() for _ in range(2)]
+    for i, (each, result) in enumerate(zip(inputs * 4, expected * 4, strict=True)):
+        stream = others[i % 2]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            given.copy_(each)
+            replay()
+            if i % 3 == 1:
+                # a pass between replays, and one that breaks off with copies under way
+                assert torch.equal(model(each), result)
+                model[0](each)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(found, result)
+    # nothing of a recording is believed by an eager pass
+    for slot in streamer.slots:
+        slot.memory.fill_(255)
+    torch.cuda.synchronize()
+    assert torch.equal(model(inputs[0]), expected[0])
+    streamer.disable()
+    with pytest.raises(RuntimeError, match="record it again"):
+        replay()
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_what_is_on_disk_is_not_recorded(model, x):
+    Streamer(model, between(model, 0.3), DEVICE, "disk").enable()
+    with pytest.raises(RuntimeError, match="offload='host'"):
+        record(model, lambda: model(x))
+
+
+@pytest.mark.gpu
+def test_generation_by_a_recorded_step_gives_the_resident_tokens(pair):
+    whole, streamed = pair(share=0.3)
+    expected, found = (graph_greedy(m, ids(4, 9), 24, 2).tokens for m in (whole, streamed))
+    assert torch.equal(found, expected)
+    assert torch.equal(generate_greedy(streamed, ids(4, 9), 24)[0], generate_greedy(whole, ids(4, 9), 24)[0])
 
 
 @pytest.mark.gpu
