@@ -6,11 +6,14 @@ benchmarks/results/judge-<model>-<gpu or cpu>.json, all but texts and curves.
 """
 
 import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from eval.consistency import consistency
 from eval.harness import harness
+from eval.modes import choose_modes
 from qat.cli import compose
 from qat.export import export
 from qat.report import device_slug, environment, print_table, write_json
@@ -19,6 +22,8 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = {"3 bits": 0.52, "4 bits": 0.26}
 """k of each."""
 TASKS = ("arc_easy_local", "piqa_local", "hellaswag_local", "lambada_local")
+SLOW = ("batch_1", "batch_2")
+"""Modes that run apart where several processes do."""
 LONG = {"survival", "examples", "divergences"}
 
 
@@ -54,19 +59,53 @@ def short_harness(report: dict[str, Any]) -> dict[str, Any]:
     return {key: report[key] for key in ("passed", "device", "dtype", "results", "likelihoods")} | {"flips": flips}
 
 
-def judge(k: float, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compress with one step and judge; the folder and its report stay in `folder`."""
-    compressed, common = folder / "model", ["logger=disabled", f"device={args.device}", f"output={folder / 'report'}"]
-    settings = ["quant=std", f"quant.k={k}", "overwrite=true"]
-    export(compose("export", f"source={args.model}", f"output={compressed}", "logger=disabled", *settings))
-    common += [f"compressed={compressed}", f"base={args.model}"]
-    sizes = [f"prompts={args.prompts}", f"new_tokens={args.tokens}", f"windows={args.windows}", "modes=all"]
-    found = {"consistency": consistency(compose("eval", *common, *sizes, f"text={args.text}"))}
-    words = [f"tasks=[{','.join(TASKS)}]", f"data_dir={args.tasks}", f"limit={args.limit or 'null'}"]
-    found["harness"] = harness(compose("eval", *common, *words, "harness.fake_quant=true"))
-    if failed := [name for name, report in found.items() if report["passed"] is not True]:
-        raise SystemExit(f"error: {failed[0]} fails at k={k}; the report is in {folder}; no figures written")
-    return {"consistency": short_consistency(found["consistency"]), "harness": short_harness(found["harness"])}
+def run(program: str, words: list[str]) -> dict[str, Any]:
+    """The report of a program of eval/."""
+    return {"consistency": consistency, "harness": harness}[program](compose("eval", *words))
+
+
+def parts(jobs: int) -> list[tuple[str, list[str]]]:
+    """Runs of a folder, by the program and the words of the consistency suite; small batches take longest by far."""
+    if jobs == 1:
+        return [("consistency", ["modes=all"]), ("harness", [])]
+    others = [name for name in choose_modes("all") if name not in SLOW]
+    runs = [[f"modes=[{','.join(others)}]"], *([f"modes=[{name}]", "floor=false"] for name in SLOW)]
+    return [*(("consistency", words) for words in runs), ("harness", [])]
+
+
+def judge(args: argparse.Namespace) -> dict[str, Any]:
+    """Compress with every step and judge; folders and reports stay in `args.work`."""
+    names, jobs = [], []
+    for bits, k in STEPS.items():
+        folder = args.work / bits.replace(" ", "-")
+        compressed, settings = folder / "model", ["quant=std", f"quant.k={k}", "overwrite=true"]
+        export(compose("export", f"source={args.model}", f"output={compressed}", "logger=disabled", *settings))
+        for i, (program, more) in enumerate(parts(args.jobs)):
+            words = ["logger=disabled", f"device={args.device}", f"output={folder / f'report-{i}'}", *more]
+            words += [f"compressed={compressed}", f"base={args.model}"]
+            if program == "consistency":
+                words += [f"prompts={args.prompts}", f"new_tokens={args.tokens}", f"windows={args.windows}"]
+                words += [f"text={args.text}"]
+            else:
+                words += [f"tasks=[{','.join(TASKS)}]", f"data_dir={args.tasks}", f"limit={args.limit or 'null'}"]
+                words += ["harness.fake_quant=true"]
+            names.append((bits, program))
+            jobs.append((program, words))
+    if args.jobs == 1:
+        reports = [run(*job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            reports = list(pool.map(run, *zip(*jobs, strict=True)))
+    found: dict[str, Any] = {bits: {} for bits in STEPS}
+    for (bits, program), report in zip(names, reports, strict=True):
+        if report["passed"] is not True:
+            raise SystemExit(f"error: {program} fails at {bits}; reports are in {args.work}; no figures written")
+        short = short_consistency(report) if program == "consistency" else short_harness(report)
+        if program in found[bits]:
+            found[bits][program]["modes"] |= short["modes"]
+        else:
+            found[bits][program] = short
+    return found
 
 
 def main() -> None:
@@ -80,10 +119,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=256, help="generated a prompt (%(default)s)")
     parser.add_argument("--windows", type=int, default=128, help="of text, for logits (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once, of which a GPU takes several")
     parser.add_argument("--limit", type=int, help="items a task (all)")
     args = parser.parse_args()
     name = args.model.resolve().name
-    found: dict[str, Any] = {bits: judge(k, args.work / bits.replace(" ", "-"), args) for bits, k in STEPS.items()}
+    found = judge(args)
     device = "cpu" if found["3 bits"]["consistency"]["device"] == "cpu" else device_slug()
     write_json(RESULTS / f"judge-{name}-{device}.json", {"environment": environment(), "k": STEPS, **found})
     rows = []
