@@ -38,7 +38,7 @@ def short_consistency(report: dict[str, Any]) -> dict[str, Any]:
     """The section `consistency` of report.json without texts, curves, lists and settings."""
     pairs = {name: report[name] for name in ("fake_quant", "library", "base", "floor") if name in report}
     modes = {
-        name: {key: pair(value) if key in ("reference", "eager") else value for key, value in entry.items()}
+        name: {key: pair(value) if key in ("reference", "eager", "itself") else value for key, value in entry.items()}
         for name, entry in report["modes"].items()
     }
     return {
@@ -88,7 +88,7 @@ def judge(args: argparse.Namespace) -> dict[str, Any]:
                 words += [f"text={args.text}"]
             else:
                 words += [f"tasks=[{','.join(TASKS)}]", f"data_dir={args.tasks}", f"limit={args.limit or 'null'}"]
-                words += ["harness.fake_quant=true"]
+                words += ["harness.fake_quant=true", "harness.bootstrap_iters=1000"]
             names.append((bits, program))
             jobs.append((program, words))
     if args.jobs == 1:

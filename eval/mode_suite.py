@@ -33,7 +33,8 @@ class ModeSuite:
 
     An entry has `status` (passed, failed, skipped), `reason` of one that did not end, `seconds`, and comparisons: for
     CHECKS `weights` (`eval.references.same_weights`) or `layers` (`compare_layers`), else `reference` and, but for the
-    eager run itself, `eager` (`compare_traces`, with `promised`: whether a divergent token fails the mode).
+    eager run itself, `eager` (`compare_traces`, with `promised`: whether a divergent token fails the mode); for
+    `repeat` also `itself`, the reference's eager run against its first.
     """
 
     def __init__(self, config: EvalConfig, prompts: Tensor, progress: Progress):
@@ -65,6 +66,8 @@ class ModeSuite:
                 entry["reference"] = compare_traces(ours, theirs) | {"promised": True}
                 if name != "dynamic":
                     entry["eager"] = compare_traces(eager[1], theirs) | {"promised": False}
+                if name == "repeat":
+                    entry["itself"] = compare_traces(eager[0], ours) | {"promised": False}
 
     def run_loaded(self, compressed: PreTrainedModel, eager: tuple[Trace, Trace]) -> None:
         """The modes that load the compressed model in another way; arguments as `run`."""

@@ -165,6 +165,7 @@ def _load_streamed(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 MODES: dict[str, Mode] = {
     "dynamic": Mode(_eager),
+    "repeat": Mode(_eager),
     "static": Mode(_static),
     "compile": Mode(_compiled, _no_compiler),
     "cuda_graph": Mode(_recorded, _no_graphs),

@@ -55,7 +55,7 @@ def test_every_mode_that_can_run_here_passes(config: EvalConfig, compiled: list[
         if name in MODES and name not in skipped:
             pair = entry["reference"]
             assert (pair["tokens"], pair["divergent_tokens"], pair["unequal_logits"]) == (7 * 13, 0, 0)
-            assert ("eager" in entry) == (name != "dynamic")
+            assert ("eager" in entry) == (name != "dynamic") and ("itself" in entry) == (name == "repeat")
 
 
 def test_a_folder_without_its_origin_is_compared_with_its_own_integers(config: EvalConfig) -> None:
