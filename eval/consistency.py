@@ -8,7 +8,7 @@ against itself in other batches, the floor of that measure. docs/evaluation.md d
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,15 @@ from qat.config import EvalConfig, to_plain
 from qat.data import load_tokens, spread_prompts, windows
 from qat.divergence import LogitComparison, compare_tokens
 from qat.errors import CheckFailed, UserError
-from qat.inference import Trace, pick_device, pick_dtype, rows_at_once, token_texts, trace_greedy
+from qat.inference import (
+    Trace,
+    pick_device,
+    pick_dtype,
+    repeatable_attention,
+    rows_at_once,
+    token_texts,
+    trace_greedy,
+)
 from qat.model import load_tokenizer
 from qat.report import console, log_to_wandb, output_folder, print_table, progress_bar, write_report
 
@@ -80,6 +88,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
         modes: what eval.mode_suite.ModeSuite found, by mode.
         costs: of "compressed" and of each reference, `eval.cost.CostMeter.read`.
         device, dtype: where and in what the models ran.
+        unfinished: true in report.json, without a page, if Ctrl-C stopped it; passed is None then.
         settings: the config, as plain data. text_tokens: tokens in the text.
         seconds: by stage.
 
@@ -98,9 +107,24 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     prompts, text, text_tokens = _held_out(config, tokenizer)
     seconds: dict[str, float] = {}
     pairs: dict[str, Any] = {}
-    with progress_bar() as progress:
-        suite = ModeSuite(config, prompts, progress)
-        costs: dict[str, Any] = {}
+    costs: dict[str, Any] = {}
+    progress = progress_bar()
+    suite = ModeSuite(config, prompts, progress)
+
+    def found() -> dict[str, Any]:
+        return {
+            "passed": _passed(pairs, suite.report(), device),
+            **pairs,
+            "modes": suite.report(),
+            "costs": costs,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "settings": to_plain(config),
+            "text_tokens": text_tokens,
+            "seconds": seconds,
+        }
+
+    with repeatable_attention(), progress, _kept_when_stopped(output, found):
         meter = CostMeter(device)
         with _timed(seconds, "load compressed"):
             compressed = rans_kernels.load(config.compressed, device=device, dtype=dtype)
@@ -136,17 +160,7 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
             del reference
         if suite.names:
             suite.run_loaded(compressed, (promised, written))
-    report = {
-        "passed": _passed(pairs, suite.report(), device),
-        **pairs,
-        "modes": suite.report(),
-        "costs": costs,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "settings": to_plain(config),
-        "text_tokens": text_tokens,
-        "seconds": seconds,
-    }
+    report = found()
     path = write_report(output, "consistency", report)
     weights = describe_weights(Path(config.compressed))
     write_report(output, "weights", weights)
@@ -160,9 +174,8 @@ def consistency(config: EvalConfig) -> dict[str, Any]:
     page = write_page(output)
     console().print(f"report: {path}, {page}")
     tables |= weight_tables(weights) | {"examples": example_table(pairs)}
-    images = {"survival": figure}
-    headline, found = _headline(report), histograms(weights)
-    log_to_wandb(config.logger, output, "consistency", headline, tables, images, page=page, histograms=found)
+    images, headline, counts = {"survival": figure}, _headline(report), histograms(weights)
+    log_to_wandb(config.logger, output, "consistency", headline, tables, images, page=page, histograms=counts)
     return report
 
 
@@ -369,6 +382,19 @@ def _headline(report: dict[str, Any]) -> dict[str, Any]:
         numbers = {**report[name]["generation"], **report[name]["logits"]}
         headline[name] = {key: value for key, value in numbers.items() if not isinstance(value, list)}
     return headline
+
+
+@contextmanager
+def _kept_when_stopped(output: Path, found: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """Write what was found before Ctrl-C; the suite can take an hour."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        report = found() | {"passed": None, "unfinished": True}
+        if report["costs"]:
+            path = write_report(output, "consistency", report)
+            console().print(f"stopped; what was found so far is in {path}")
+        raise
 
 
 @contextmanager

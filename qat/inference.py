@@ -1,6 +1,7 @@
 """Where models run for evaluation, and greedy generation that two models can be compared by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -131,6 +132,20 @@ def generate_greedy(
     """`trace_greedy`, tokens and margins alone: the new tokens, int64 [B, N], and p(1st) - p(2nd) at each of them."""
     trace = trace_greedy(model, prompts, new_tokens, batch_size, advance)
     return trace.tokens, trace.margins
+
+
+@contextmanager
+def repeatable_attention() -> Iterator[None]:
+    """Leave cuDNN's attention out, which torch prefers on Hopper: it does not promise the same bits twice.
+
+    It also plans every length of a cache anew, for tens of milliseconds of the host.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # not inference_mode: what a model keeps (rotary tables) must serve training too

@@ -6,7 +6,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qat.divergence import top_margin
 from qat.errors import UserError
-from qat.inference import generate_greedy, pick_device, pick_dtype
+from qat.inference import generate_greedy, pick_device, pick_dtype, repeatable_attention
 from qat.model import load_model
 
 
@@ -50,6 +50,14 @@ def test_progress_adds_up_to_the_prompts(model: PreTrainedModel, prompts: torch.
     done: list[int] = []
     generate_greedy(model, prompts, 1, batch_size=2, advance=done.append)
     assert done == [2, 2, 1]
+
+
+def test_repeatable_attention_leaves_settings_as_they_were() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(ValueError), repeatable_attention():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        raise ValueError
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_auto_on_the_cpu_is_float32() -> None:

@@ -1,5 +1,6 @@
 """Every way of running gives what the reference gives in it, and one that does not is told apart."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from eval.consistency import consistency
 from eval.graph import graph_greedy
 from eval.mode_suite import compare_traces
 from eval.modes import MODES, Mode, split_layers
+from eval.page import write_page
 from eval.references import round_once
 from qat.config import EvalConfig, QuantConfig, ScaleRule
 from qat.inference import Trace, fingerprint, read_logits, trace_greedy
@@ -75,6 +77,26 @@ def test_a_mode_that_breaks_off_fails_and_the_others_go_on(config: EvalConfig, m
     assert report["passed"] is False
     assert report["modes"]["static"]["reason"] == "OutOfMemoryError: out of memory"
     assert report["modes"]["prefill"]["status"] == "passed"
+
+
+def test_ctrl_c_keeps_what_was_found(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    config.modes = ["weights", "dynamic", "static"]
+    report = Path(config.output) / "report.json"
+    monkeypatch.setitem(MODES, "static", Mode(stop))
+    with pytest.raises(KeyboardInterrupt):
+        consistency(config)
+    found = json.loads(report.read_text())["consistency"]
+    assert found["unfinished"] and found["passed"] is None and list(found["modes"]) == ["weights", "dynamic"]
+    assert found["fake_quant"]["generation"]["divergent_tokens"] == 0
+    write_page(report.parent)
+    # nothing at all found writes nothing over it
+    monkeypatch.setattr(eval.consistency, "_warm_up", stop)
+    with pytest.raises(KeyboardInterrupt):
+        consistency(config)
+    assert json.loads(report.read_text())["consistency"] == found
 
 
 def test_what_is_loaded_with_a_budget_is_compared_with_the_resident_model(
