@@ -20,7 +20,7 @@ demo: $(READY) ## train, compress, reload and judge a small model on this machin
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## run the CPU test suite
-	$(BIN)/python -m pytest tests -m "not gpu"
+	$(BIN)/python -m pytest tests -m "not gpu" -n auto --maxprocesses 4 --dist worksteal
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest tests -m gpu
