@@ -69,7 +69,7 @@ def generate_recorded(model: LlamaForCausalLM, prompt: Tensor, tokens: int) -> t
 def measure(model: LlamaForCausalLM, prompt: Tensor, tokens: int, graph: bool) -> tuple[dict[str, Tensor], Row]:
     """Tokens and speed, eager and recorded; of the latter none unless `graph`.
 
-    A first run learns the order of the layers and takes memory from the device, which a virtual machine is slow at.
+    A first run learns the order of the layers, and torch prepares attention over every length of the cache.
     """
     found, speeds = {}, Row()
     generate(model, prompt, tokens)

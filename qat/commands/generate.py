@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import GenerationConfig, TextStreamer
 
-    from qat.inference import pick_device, pick_dtype
+    from qat.inference import pick_device, pick_dtype, repeatable_attention
     from qat.model import load_config, load_tokenizer
 
     device = pick_device(arguments.device)
@@ -74,13 +74,14 @@ def run(arguments: argparse.Namespace) -> None:
     # transformers fills what a call does not say from here
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=first)
     torch.manual_seed(arguments.seed)
-    model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=arguments.tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
+    with repeatable_attention():
+        model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=arguments.tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
 
 
 def read_prompt(text: str) -> str:

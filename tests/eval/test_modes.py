@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import rans_kernels
 import torch
+from rans_kernels.linear import CompressedLinear
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,9 +20,10 @@ from eval.modes import MODES, Mode, split_layers
 from eval.page import write_page
 from eval.references import round_once
 from qat.config import EvalConfig, QuantConfig, ScaleRule
-from qat.inference import Trace, fingerprint, read_logits, trace_greedy
+from qat.inference import Trace, fingerprint, read_logits, repeatable_attention, trace_greedy
 from qat.model import load_model
 from qat.quant import prepare
+from tests.export.helpers import run
 
 
 @pytest.fixture
@@ -215,3 +217,27 @@ def test_a_recorded_step_gives_the_tokens_of_one_that_is_not(base: Path, prompts
     expected = trace_greedy(model, full, 7, batch_size, cache_implementation="static", disable_compile=True)
     found: Trace = graph_greedy(model, full, 7, batch_size)
     assert torch.equal(found.tokens, expected.tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+@pytest.mark.parametrize("kind", ["base", "compressed", "dense"])
+def test_generating_twice_gives_the_same_bits(
+    tiny_llama: Callable[..., Path], tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    """Of shapes that cuBLAS and attention have more than one kernel for."""
+    source = tiny_llama(
+        hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, initializer_range=0.1
+    )
+    folder = run(source, tmp_path / "compressed", quant=QuantConfig(scale=ScaleRule.std, k=0.3))
+    model: Any = load_model(source, torch.bfloat16).to("cuda")
+    if kind != "base":
+        model = rans_kernels.load(folder, "cuda", torch.bfloat16)
+    if kind == "dense":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, CompressedLinear):
+                model.set_submodule(name, module.to_int8())
+    ids = torch.randint(300, (32, 16), generator=torch.Generator().manual_seed(0))
+    with repeatable_attention():
+        first, *others = (trace_greedy(model, ids, 96, 16, **options) for _ in range(4))
+    assert all(torch.equal(first.prints, other.prints) for other in others)
