@@ -79,6 +79,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x as torch's own linear layer takes it: in the dtype of autocast, where that is on."""
+    device = x.device.type
+    # what is no float is left to complain of; float64 is left alone, as torch does
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 class Float32Scale(nn.Module):
     """A module whose `weight_scale` stays in float32, whatever `half()`, `to(dtype)` and the like ask of the rest."""
 
@@ -135,7 +144,8 @@ class Int8Linear(Float32Scale):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+        """x [..., K] -> [..., N] in x's dtype, or that of autocast."""
+        x = autocast(x)
         if self.units is not None and x.device.type != "cpu":
             from rans_kernels.ops.int8_linear import int8_linear_tiled
 

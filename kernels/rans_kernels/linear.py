@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rans_kernels.dense import CastEmbedding, Float32Scale, Int8Linear, int8_linear, linear, look_up
+from rans_kernels.dense import CastEmbedding, Float32Scale, Int8Linear, autocast, int8_linear, linear, look_up
 from rans_kernels.format import LANES, ROW_WORDS, TileLayout
 from rans_kernels.ops.coded import CodedWeight, backend_of
 from rans_kernels.ops.rans_decode import rans_decode
@@ -134,7 +134,8 @@ class CompressedLinear(CompressedWeight):
         self.ahead: DecodeAhead | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+        """x [..., K] -> [..., N] in x's dtype, or that of autocast."""
+        x = autocast(x)
         if self.ahead is not None and self.ahead.takes(self, x):
             return self.ahead.multiply(self, x)
         return linear_from(self, x, self.bias)
@@ -182,8 +183,8 @@ class TiedLinear(nn.Module):
         self._embedding = (embedding,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., V] in x's dtype."""
-        return linear_from(self._embedding[0], x, None)
+        """x [..., D] -> [..., V] in x's dtype, or that of autocast."""
+        return linear_from(self._embedding[0], autocast(x), None)
 
     def extra_repr(self) -> str:
         """Shows what it is tied to."""

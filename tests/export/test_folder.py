@@ -8,6 +8,7 @@ import pytest
 import rans_kernels
 import torch
 from rans_kernels.checkpoint import iterate_weights
+from rans_kernels.dense import dequantize
 from rans_kernels.errors import DeviceError
 from rans_kernels.format import FormatError
 from rans_kernels.linear import CompressedLinear
@@ -17,6 +18,7 @@ from qat.config import ExportConfig, Profile, QuantConfig
 from qat.export import export
 from tests.export.helpers import logits, run
 
+EMBEDDINGS = QuantConfig(embeddings=True)
 LAYER = "model.layers.0.mlp.up_proj"
 
 
@@ -218,3 +220,21 @@ def test_a_cast_is_about_activations_and_leaves_scales_as_they_are(embeddings, t
         projection = model.model.layers[0].mlp.up_proj
         expected = make().model.layers[0].mlp.up_proj(x.half())
         assert torch.equal(projection.half()(x.half()), expected)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_means_what_it_means_to_a_linear_layer(enabled, tiny_llama, tmp_path):
+    model = rans_kernels.load(run(tiny_llama(tie_word_embeddings=True), tmp_path / "out", quant=EMBEDDINGS))
+    x = torch.randn(3, 48, requires_grad=True)
+    projection = model.model.layers[0].mlp.up_proj
+    for layer, weight in ((projection, projection), (projection.to_int8(), projection), (model.lm_head, None)):
+        coded = weight or model.model.embed_tokens
+        plain = torch.nn.Linear(48, coded.layout.shape[0], bias=False)
+        plain.weight.data = dequantize(coded.weight_int8, coded.weight_scale, torch.float32)
+        found, expected = [], []
+        for module, out in ((layer, found), (plain, expected)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out.append(module(x))
+            out += torch.autograd.grad(out[0].float().sum(), x)
+        assert found[0].dtype == (torch.bfloat16 if enabled else torch.float32)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
