@@ -15,6 +15,7 @@ from eval.consistency import consistency
 from eval.harness import harness
 from eval.modes import choose_modes
 from qat.cli import compose
+from qat.errors import UserError
 from qat.export import export
 from qat.report import device_slug, environment, print_table, write_json
 
@@ -123,7 +124,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="items a task (all)")
     args = parser.parse_args()
     name = args.model.resolve().name
-    found = judge(args)
+    try:
+        found = judge(args)
+    except UserError as error:
+        parser.error(str(error))
     device = "cpu" if found["3 bits"]["consistency"]["device"] == "cpu" else device_slug()
     write_json(RESULTS / f"judge-{name}-{device}.json", {"environment": environment(), "k": STEPS, **found})
     rows = []

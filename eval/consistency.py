@@ -391,7 +391,7 @@ def _kept_when_stopped(output: Path, found: Callable[[], dict[str, Any]]) -> Ite
         yield
     except KeyboardInterrupt:
         report = found() | {"passed": None, "unfinished": True}
-        if report["costs"]:
+        if TITLES.keys() & report.keys():
             path = write_report(output, "consistency", report)
             console().print(f"stopped; what was found so far is in {path}")
         raise

@@ -94,8 +94,8 @@ def test_ctrl_c_keeps_what_was_found(config: EvalConfig, monkeypatch: pytest.Mon
     assert found["unfinished"] and found["passed"] is None and list(found["modes"]) == ["weights", "dynamic"]
     assert found["fake_quant"]["generation"]["divergent_tokens"] == 0
     write_page(report.parent)
-    # nothing at all found writes nothing over it
-    monkeypatch.setattr(eval.consistency, "_warm_up", stop)
+    # where nothing has been compared yet it stays
+    monkeypatch.setattr(eval.consistency, "_compare_logits", stop)
     with pytest.raises(KeyboardInterrupt):
         consistency(config)
     assert json.loads(report.read_text())["consistency"] == found
