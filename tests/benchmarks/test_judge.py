@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from benchmarks.judge import pair, short_consistency, short_harness
+from benchmarks.judge import pair, parts, short_consistency, short_harness
+from eval.modes import choose_modes
 
 
 def generation() -> dict[str, Any]:
@@ -35,3 +36,10 @@ def test_flipped_items_are_listed_by_kind() -> None:
     keys = ("passed", "device", "dtype", "results", "likelihoods", "settings")
     report = {key: key for key in keys} | {"flips": {"arc": {"lost": 2, "flipped": flipped}}}
     assert short_harness(report)["flips"] == {"arc": {"lost": 2, "flipped": {"lost": [4, 9], "gained": [7]}}}
+
+
+def test_several_processes_run_every_mode_once() -> None:
+    assert parts(1) == [("consistency", ["modes=all"]), ("harness", [])]
+    words = [word for program, words in parts(3) if program == "consistency" for word in words]
+    lists = [word.removeprefix("modes=[").removesuffix("]") for word in words if word.startswith("modes=")]
+    assert sorted(",".join(lists).split(",")) == sorted(choose_modes("all"))
