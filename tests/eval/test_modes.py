@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import rans_kernels
 import torch
-from rans_kernels.linear import CompressedLinear
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from eval.graph import graph_greedy
 from eval.mode_suite import compare_traces
 from eval.modes import MODES, Mode, split_layers
 from eval.page import write_page
-from eval.references import round_once
+from eval.references import own_integers, round_once
 from qat.config import EvalConfig, QuantConfig, ScaleRule
 from qat.inference import Trace, fingerprint, read_logits, repeatable_attention, trace_greedy
 from qat.model import load_model
@@ -230,13 +229,12 @@ def test_generating_twice_gives_the_same_bits(
         hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, initializer_range=0.1
     )
     folder = run(source, tmp_path / "compressed", quant=QuantConfig(scale=ScaleRule.std, k=0.3))
-    model: Any = load_model(source, torch.bfloat16).to("cuda")
-    if kind != "base":
-        model = rans_kernels.load(folder, "cuda", torch.bfloat16)
-    if kind == "dense":
-        for name, module in list(model.named_modules()):
-            if isinstance(module, CompressedLinear):
-                model.set_submodule(name, module.to_int8())
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    model: Any
+    if kind == "base":
+        model = load_model(source, dtype).to(device)
+    else:
+        model = {"compressed": rans_kernels.load, "dense": own_integers}[kind](folder, device, dtype)
     ids = torch.randint(300, (32, 16), generator=torch.Generator().manual_seed(0))
     with repeatable_attention():
         first, *others = (trace_greedy(model, ids, 96, 16, **options) for _ in range(4))

@@ -11,13 +11,14 @@ from rans_kernels.checkpoint import iterate_weights
 from rans_kernels.dense import dequantize
 from rans_kernels.errors import DeviceError
 from rans_kernels.format import FormatError
-from rans_kernels.linear import CompressedLinear
 from transformers import AutoModelForCausalLM
 
+from eval.references import own_integers
 from qat.config import ExportConfig, Profile, QuantConfig
 from qat.export import export
 from tests.export.helpers import logits, run
 
+CPU = torch.device("cpu")
 EMBEDDINGS = QuantConfig(embeddings=True)
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -201,16 +202,8 @@ def test_compressed_weights_follow_the_model_to_another_dtype_untouched(folder):
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_a_cast_is_about_activations_and_leaves_scales_as_they_are(embeddings, tiny_llama, tmp_path):
     folder = run(tiny_llama(), tmp_path / "out", quant=QuantConfig(embeddings=embeddings))
-
-    def dense():
-        model = rans_kernels.load(folder)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, CompressedLinear):
-                model.set_submodule(name, module.to_int8())
-        return model
-
-    for make in (lambda: rans_kernels.load(folder), dense):
-        model, x = make(), torch.randn(3, 48)
+    for make in (rans_kernels.load, own_integers):
+        model, x = make(folder, CPU, torch.float32), torch.randn(3, 48)
         layers = [m for m in model.modules() if hasattr(m, "weight_scale")]
         scales = [layer.weight_scale.clone() for layer in layers]
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -218,7 +211,7 @@ def test_a_cast_is_about_activations_and_leaves_scales_as_they_are(embeddings, t
             assert all(torch.equal(layer.weight_scale, s) for layer, s in zip(layers, scales, strict=True))
             assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == dtype
         projection = model.model.layers[0].mlp.up_proj
-        expected = make().model.layers[0].mlp.up_proj(x.half())
+        expected = make(folder, CPU, torch.float32).model.layers[0].mlp.up_proj(x.half())
         assert torch.equal(projection.half()(x.half()), expected)
 
 
