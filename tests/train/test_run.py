@@ -136,14 +136,9 @@ def test_a_crashed_and_resumed_run_ends_as_the_unbroken_one(
 
 
 # with a target, noise, frozen integers: before and after the freeze at step 8, with and without a histogram
-@pytest.mark.parametrize(
-    ("micro_batch", "price", "embedding_bits"),
-    [
-        (3, RatePrice.table, None), (3, RatePrice.prior, 7.0), (10, RatePrice.table, 7.0), (10, RatePrice.prior, None),
-        (15, RatePrice.table, None), (15, RatePrice.prior, 7.0), (20, RatePrice.table, 7.0),
-        (20, RatePrice.prior, None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("price", [RatePrice.table, RatePrice.prior])
+@pytest.mark.parametrize("embedding_bits", [None, 7.0])
+@pytest.mark.parametrize("micro_batch", [3, 10, 15, 20])
 def test_a_resumed_run_with_a_rate_ends_as_the_unbroken_one(
     make_rate_config: Callable[..., TrainConfig],
     monkeypatch: pytest.MonkeyPatch,
