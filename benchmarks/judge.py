@@ -76,7 +76,7 @@ def parts(jobs: int) -> list[tuple[str, list[str]]]:
 
 def judge(args: argparse.Namespace) -> dict[str, Any]:
     """Compress with every step and judge; folders and reports stay in `args.work`."""
-    names, jobs = [], []
+    owners, jobs = [], []
     for bits, k in STEPS.items():
         folder = args.work / bits.replace(" ", "-")
         compressed, settings = folder / "model", ["quant=std", f"quant.k={k}", "overwrite=true"]
@@ -90,7 +90,7 @@ def judge(args: argparse.Namespace) -> dict[str, Any]:
             else:
                 words += [f"tasks=[{','.join(TASKS)}]", f"data_dir={args.tasks}", f"limit={args.limit or 'null'}"]
                 words += ["harness.fake_quant=true", "harness.bootstrap_iters=1000"]
-            names.append((bits, program))
+            owners.append(bits)
             jobs.append((program, words))
     if args.jobs == 1:
         reports = [run(*job) for job in jobs]
@@ -98,7 +98,7 @@ def judge(args: argparse.Namespace) -> dict[str, Any]:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             reports = list(pool.map(run, *zip(*jobs, strict=True)))
     found: dict[str, Any] = {bits: {} for bits in STEPS}
-    for (bits, program), report in zip(names, reports, strict=True):
+    for bits, (program, _), report in zip(owners, jobs, reports, strict=True):
         if report["passed"] is not True:
             raise SystemExit(f"error: {program} fails at {bits}; reports are in {args.work}; no figures written")
         short = short_consistency(report) if program == "consistency" else short_harness(report)

@@ -10,6 +10,7 @@ copies from pinned memory, which bounds all of it.
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +40,42 @@ Row = dict[str, Any]
 @torch.inference_mode()
 def generate(model: LlamaForCausalLM, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
     """Greedy tokens [1, tokens], and tokens a second of all but the first two."""
-    cache, ids, found, begin = DynamicCache(config=model.config), prompt, [], 0.0
-    for step in range(tokens):
+    cache, ids = DynamicCache(config=model.config), prompt
+
+    def step() -> Tensor:
+        nonlocal ids
         ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-        found.append(ids)
-        if step == 1:
-            synchronize(model.device)
-            begin = time.perf_counter()
-    synchronize(model.device)
-    return torch.cat(found, dim=1), (tokens - 2) / (time.perf_counter() - begin)
+        return ids
+
+    return timed([step] * tokens, model.device)
 
 
 @torch.inference_mode()
 def generate_recorded(model: LlamaForCausalLM, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
     """The same by one CUDA graph."""
     graph = StepGraph(model, 1, prompt.shape[1] + tokens + 2)
-    graph.start(prompt)
-    found, begin = [graph.ids.clone()], 0.0
-    for step in range(1, tokens):
+
+    def start() -> Tensor:
+        graph.start(prompt)
+        return graph.ids.clone()
+
+    def step() -> Tensor:
         graph.step()
-        found.append(graph.ids.clone())
-        if step == 1:
-            synchronize(model.device)
+        return graph.ids.clone()
+
+    return timed([start, *[step] * (tokens - 1)], model.device)
+
+
+def timed(steps: list[Callable[[], Tensor]], device: torch.device) -> tuple[Tensor, float]:
+    """What the steps give, joined, and how many a second there were behind the second."""
+    found, begin = [], 0.0
+    for i, step in enumerate(steps):
+        found.append(step())
+        if i == 1:
+            synchronize(device)
             begin = time.perf_counter()
-    synchronize(model.device)
-    return torch.cat(found, dim=1), (tokens - 2) / (time.perf_counter() - begin)
+    synchronize(device)
+    return torch.cat(found, dim=1), (len(steps) - 2) / (time.perf_counter() - begin)
 
 
 def measure(model: LlamaForCausalLM, prompt: Tensor, tokens: int, graph: bool) -> tuple[dict[str, Tensor], Row]:
