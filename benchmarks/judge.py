@@ -2,7 +2,8 @@
 
 Rounded to nearest, a step of a row k standard deviations. Both programs of eval/: the consistency suite in every mode
 that runs here, and lm-eval beside base and fake-quant model. Raises unless all that is promised holds; writes
-benchmarks/results/judge-<model>-<gpu or cpu>.json, all but texts and curves.
+benchmarks/results/judge-<model>-<gpu or cpu>.json, all but texts and curves. With --modes it runs these alone, and
+writes judge-<model>-<modes>-<gpu or cpu>.json.
 """
 
 import argparse
@@ -65,8 +66,13 @@ def run(program: str, words: list[str]) -> dict[str, Any]:
     return {"consistency": consistency, "harness": harness}[program](compose("eval", *words))
 
 
-def parts(jobs: int) -> list[tuple[str, list[str]]]:
-    """Runs of a folder, by the program and the words of the consistency suite; small batches take longest by far."""
+def parts(jobs: int, modes: list[str] | None = None) -> list[tuple[str, list[str]]]:
+    """Runs of a folder, by the program and the words of the consistency suite; small batches take longest by far.
+
+    Args: jobs: processes. modes: these alone, without lm-eval; None for all.
+    """
+    if modes:
+        return [("consistency", [f"modes=[{','.join(modes)}]", "floor=false"])]
     if jobs == 1:
         return [("consistency", ["modes=all"]), ("harness", [])]
     others = [name for name in choose_modes("all") if name not in SLOW]
@@ -81,7 +87,7 @@ def judge(args: argparse.Namespace) -> dict[str, Any]:
         folder = args.work / bits.replace(" ", "-")
         compressed, settings = folder / "model", ["quant=std", f"quant.k={k}", "overwrite=true"]
         export(compose("export", f"source={args.model}", f"output={compressed}", "logger=disabled", *settings))
-        for i, (program, more) in enumerate(parts(args.jobs)):
+        for i, (program, more) in enumerate(parts(args.jobs, args.modes)):
             words = ["logger=disabled", f"device={args.device}", f"output={folder / f'report-{i}'}", *more]
             words += [f"compressed={compressed}", f"base={args.model}"]
             if program == "consistency":
@@ -122,6 +128,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128, help="of text, for logits (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, of which a GPU takes several")
     parser.add_argument("--limit", type=int, help="items a task (all)")
+    parser.add_argument("--modes", nargs="+", help="of the consistency suite, and no lm-eval (all, and lm-eval)")
     args = parser.parse_args()
     name = args.model.resolve().name
     try:
@@ -129,11 +136,12 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     device = "cpu" if found["3 bits"]["consistency"]["device"] == "cpu" else device_slug()
-    write_json(RESULTS / f"judge-{name}-{device}.json", {"environment": environment(), "k": STEPS, **found})
+    file = "-".join(["judge", name, *(args.modes or []), device])
+    write_json(RESULTS / f"{file}.json", {"environment": environment(), "k": STEPS, **found})
     rows = []
     for bits, report in found.items():
         modes = report["consistency"]["modes"].values()
-        items = report["harness"]["likelihoods"].values()
+        items = report.get("harness", {"likelihoods": {}})["likelihoods"].values()
         rows.append([bits, sum(entry["status"] == "passed" for entry in modes), sum(found["equal"] for found in items)])
     print_table(name, ["", "modes passed", "items equal to the bit"], rows)
 

@@ -43,3 +43,7 @@ def test_several_processes_run_every_mode_once() -> None:
     words = [word for program, words in parts(3) if program == "consistency" for word in words]
     lists = [word.removeprefix("modes=[").removesuffix("]") for word in words if word.startswith("modes=")]
     assert sorted(",".join(lists).split(",")) == sorted(choose_modes("all"))
+
+
+def test_chosen_modes_are_all_that_runs() -> None:
+    assert parts(2, ["two_gpus", "repeat"]) == [("consistency", ["modes=[two_gpus,repeat]", "floor=false"])]

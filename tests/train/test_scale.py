@@ -163,10 +163,13 @@ def test_two_gpus_follow_the_losses_of_one(make_rate_config: MakeRateConfig, str
         config.trainer.accelerator = "gpu"
         return config
 
-    alone = metrics(build.train(on_gpu()))
-    together = metrics(launch(on_two(on_gpu(), strategy)))
-    for step in alone:
-        assert together[step]["train/loss"] == pytest.approx(alone[step]["train/loss"], rel=2e-2)
+    def losses(run: Path) -> dict[int, float]:
+        # the first line is of a validation
+        return {step: line["train/loss"] for step, line in metrics(run).items() if "train/loss" in line}
+
+    alone = losses(build.train(on_gpu()))
+    assert len(alone) > 5
+    assert losses(launch(on_two(on_gpu(), strategy))) == pytest.approx(alone, rel=2e-2)
 
 
 def test_a_launcher_that_is_not_installed_is_named(make_config: MakeConfig) -> None:
