@@ -4,7 +4,7 @@
 
 eval/tasks/ holds tasks that read local files from `data_dir`; lm-eval's own go by their names. Importing this
 module makes lm-eval know the model type codecllm: simple_evaluate(model="codecllm", model_args={"pretrained": folder}).
-Under `accelerate launch` every process has the models, and its share of the items.
+Under `torchrun` or `accelerate launch` every process has the models, and its share of the items.
 """
 
 import gc
@@ -24,6 +24,7 @@ import huggingface_hub
 import lm_eval
 import rans_kernels
 import torch
+from accelerate.utils import patch_environment
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from rans_kernels.checkpoint import read_config
@@ -51,9 +52,12 @@ class CodecLM(HFLM):
     def __init__(self, pretrained: str, loader: Callable[[torch.device], Any] | None = None, **kwargs: Any):
         """Args: pretrained: folder. loader: what to load in its place, with its tokenizer. kwargs: HFLM's."""
         self._loader = loader
-        super().__init__(pretrained, **kwargs)
+        # of several processes accelerate gives each a GPU, and without one sees a single process
+        cpu = {"accelerate_use_cpu": "true"} if kwargs.get("device") == "cpu" else {}
+        with patch_environment(**cpu):
+            super().__init__(pretrained, **kwargs)
         if accelerator := getattr(self, "accelerator", None):
-            # HFLM shares items out on several GPUs alone
+            # which HFLM reads on several GPUs alone
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:

@@ -2,7 +2,10 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from eval.local_tasks import TASKS
 from qat.config import EvalConfig, HarnessConfig
 from qat.errors import CheckFailed, UserError
 from qat.model import load_tokenizer
+from tests.train.test_run import ENVIRONMENT
 
 CHOICES = [
     {"query": f"Question: {n} foxes and\n", "choices": ["dogs", "two dogs", "rest"], "gold": n % 3} for n in range(9)
@@ -285,6 +289,29 @@ def test_any_text_file_has_a_perplexity(task_config: EvalConfig, tmp_path: Path)
     expected = harness(task_config)["results"]
     task_config.data_dir, task_config.text = None, str(tmp_path / "one.txt")
     assert harness(task_config)["results"] == expected
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_items_and_the_first_writes_what_one_does(task_config: EvalConfig) -> None:
+    task_config.tasks, task_config.harness.bootstrap_iters = ["arc_easy_local", "lambada_local"], 0
+    # every item a batch: the likelihood of one does not hang on what it shares a batch with
+    task_config.batch_size, task_config.harness.fake_quant = 1, True
+    alone = harness(task_config)
+    shared = Path(task_config.output).with_name("shared")
+    words = [f"{key}={getattr(task_config, key)}" for key in ("compressed", "base", "data_dir", "device")]
+    words += ["tasks=[arc_easy_local,lambada_local]", "batch_size=1", f"output={shared}", "logger=disabled"]
+    words += ["harness.fake_quant=true", "harness.bootstrap_iters=0", f"paths.cache={task_config.paths.cache}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "eval.harness", *words], env=ENVIRONMENT, timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((shared / "report.json").read_text())["harness"]
+    assert found["passed"] and found["likelihoods"] == alone["likelihoods"]
+    assert found["results"] == alone["results"] and found["samples"] == alone["samples"]
+    assert done.stdout.count("PASS") == 1
+    # 9 items of three choices and 5 of one are 32 requests
+    assert {int(n) for n in re.findall(r"loglikelihood requests:.*?/(\d+) ", done.stderr)} == {18}
 
 
 @pytest.mark.gpu
