@@ -55,7 +55,7 @@ def reference_loaders(
         read_checkpoint(checkpoint)
         fake_quant = lambda: _rounded(load_fake_quant(checkpoint), stored)  # noqa: E731
     elif base is not None and quant is not None:
-        fake_quant = lambda: _prepared(base, from_plain(QuantConfig, quant))  # noqa: E731
+        fake_quant = lambda: _rounded(_prepared(base, from_plain(QuantConfig, quant)), stored)  # noqa: E731
     loaders: dict[str, Loader] = {}
     if fake_quant is not None and device.type == "cpu":
         loaders["fake_quant"] = lambda compressed: in_dtype(fake_quant(), dtype)

@@ -82,6 +82,26 @@ def test_a_trained_checkpoint_is_what_was_exported_from_it(
     assert "base" not in report
 
 
+@pytest.mark.parametrize(
+    ("quant", "lossless"),
+    [
+        (QuantConfig(bits=5, embeddings=True), Lossless.none),
+        (QuantConfig(bits=5), Lossless.embeddings),
+        (QuantConfig(enabled=False), Lossless.all),
+    ],
+    ids=["embeddings too", "embeddings exact", "nothing"],
+)
+def test_what_export_rounded_to_16_bits_is_rounded_in_the_twin_of_the_base_too(
+    config: EvalConfig, tmp_path: Path, quant: QuantConfig, lossless: Lossless
+) -> None:
+    exported = str(tmp_path / "exported")
+    options = {"dtype": "bfloat16", "lossless": lossless, "progress_bar": False}
+    export(ExportConfig(source=str(config.base), output=exported, quant=quant, **options))
+    config.compressed = exported
+    report = consistency(config)
+    assert report["passed"] and not report["base"]["logits"]["bit_equal"]
+
+
 def test_a_model_coded_without_loss_is_its_base(
     config: EvalConfig, tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
