@@ -53,7 +53,7 @@ def make_folder(shape: str, output: Path) -> Path:
             if name.removesuffix(".weight") not in entries:
                 plain = torch.ones(parameter.shape, dtype=torch.bfloat16)
                 writer.add({name: plain if "norm" in name else plain.normal_(0, 0.02)})
-        coded = quantization_config(entries, {}, {}, "fast", "benchmarks.load", {})
+        coded = quantization_config(entries, {}, {}, None, "fast", "benchmarks.load", {})
         writer.finish({**config.to_dict(), "quantization_config": coded})
     return output
 

@@ -328,7 +328,7 @@ def _verdict(report: dict[str, Any]) -> list[str]:
     if names:
         counts = "; ".join(f"{len(found)} {status} ({', '.join(found)})" for status, found in names.items())
         lines.append(f"{_word('failed' not in names)} modes: {counts}")
-    return lines or ["no fake-quant model to compare with: neither PASS nor FAIL"]
+    return lines or ["no fake-quant model to compare with (checkpoint=... of a trained one): neither PASS nor FAIL"]
 
 
 def _word(passed: bool) -> str:

@@ -166,7 +166,7 @@ def _loaders(
     if missing := [name for name in wanted if name not in known]:
         raise UserError(
             f"harness.{missing[0]}=true, but there is nothing to make it from: give checkpoint=..., or base=... if "
-            "the folder records how that was rounded"
+            "the folder was rounded from it without training"
         )
 
     def loader(name: str) -> Callable[[torch.device], Any]:

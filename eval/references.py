@@ -5,6 +5,7 @@ dense INT8 kernel (docs/evaluation.md, level 4), and the forward itself, through
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import rans_kernels
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.checkpoint import load_fake_quant, read_checkpoint
-from qat.config import EvalConfig, QuantConfig, from_plain
+from qat.config import EvalConfig, QuantConfig, ScaleRule, from_plain
 from qat.errors import UserError
 from qat.model import load_model, load_tokenizer
 from qat.quant import convert, prepare, quantized_modules, set_fake_quant
@@ -45,7 +46,9 @@ def reference_loaders(
         raise UserError(
             "nothing to compare with: give base=... (the unquantised model), checkpoint=..., both, or modes=all"
         )
-    quant, stored = folder["quantization_config"].get("quant"), getattr(torch, folder.get("dtype") or "float32")
+    made, stored = folder["quantization_config"], getattr(torch, folder.get("dtype") or "float32")
+    # no base tells what was trained
+    quant = made.get("quant") if made.get("step") is None else None
     base, checkpoint = config.base, config.checkpoint
     fake_quant: Callable[[], nn.Module] | None = None
     # a wrong path shows now, not after the first model has run
@@ -75,6 +78,9 @@ def _on(device: torch.device, model: Any) -> Any:
 
 def _prepared(base: Any, quant: QuantConfig) -> nn.Module:
     model = load_model(base)
+    if quant.scale is ScaleRule.learned:
+        # the step that nothing has learned, and not its logarithm, which rounds
+        quant = replace(quant, scale=quant.init)
     # without quantisation all is stored as it is, or coded without loss
     return (prepare(model, quant) if quant.enabled else model).eval()
 

@@ -38,7 +38,7 @@ from rans_kernels.format import FLOATS, FormatError, TileLayout
 from torch import Tensor, nn
 
 from qat.checkpoint import read_checkpoint
-from qat.config import ExportConfig, Lossless, QuantConfig, to_plain
+from qat.config import ExportConfig, Lossless, QuantConfig, Rounding, to_plain
 from qat.errors import UserError
 from qat.model_card import model_card
 from qat.quant import (
@@ -81,7 +81,7 @@ def open_source(config: ExportConfig) -> Source:
     """Open a Lightning checkpoint or a Hugging Face folder.
 
     Raises:
-        UserError: neither, or damaged.
+        UserError: neither, or damaged; settings that are nothing to a folder.
     """
     path = Path(config.source).expanduser()
     if path.is_file():
@@ -100,6 +100,9 @@ def open_source(config: ExportConfig) -> Source:
         )
     if not (path / "config.json").is_file():
         raise UserError(f"source={config.source} is neither a .ckpt file nor a folder with config.json")
+    if config.quant.columns or config.quant.rounding is not Rounding.nearest:
+        key = "columns" if config.quant.columns else "rounding"
+        raise UserError(f"quant.{key}: only training does that, before its first step; {config.source} is a folder")
     shards = shard_of(path)
 
     def read(name: str) -> Tensor:
@@ -180,7 +183,7 @@ def export(config: ExportConfig) -> Path:
             data["tie_word_embeddings"] = False
         producer = f"codecllm {version('codecllm')}"
         data["quantization_config"] = quantization_config(
-            layers, tied, to_plain(source.quant), config.profile.value, producer, plain
+            layers, tied, to_plain(source.quant), source.step, config.profile.value, producer, plain
         )
         copy_companions(source.folder, writer.folder)
         summary = summarise(report) | {

@@ -126,6 +126,7 @@ def quantization_config(
     layers: dict[str, LayerEntry],
     tied: dict[str, str],
     quant: dict[str, Any],
+    step: int | None,
     profile: str,
     producer: str,
     plain: dict[str, int],
@@ -136,6 +137,7 @@ def quantization_config(
         layers: entry of every compressed module.
         tied: linear modules that share the weight of an embedding: {"lm_head": "model.embed_tokens"}.
         quant: the QuantConfig the integers were made with, as plain data.
+        step: of training that they are from; None for weights of a plain folder, rounded to nearest or not at all.
         profile: compact, fast or auto.
         producer: name and version of the program that wrote it.
         plain: checksum of every tensor that is not compressed.
@@ -146,6 +148,7 @@ def quantization_config(
         "producer": producer,
         "profile": profile,
         "quant": quant,
+        "step": step,
         "tied": tied,
         "crc32": plain,
         "layers": {name: entry.to_json() for name, entry in layers.items()},

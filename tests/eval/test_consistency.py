@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eval.consistency import check, consistency
-from qat.config import EvalConfig, ExportConfig, Lossless, QuantConfig
+from qat.config import EvalConfig, ExportConfig, Lossless, QuantConfig, ScaleRule
 from qat.errors import CheckFailed, UserError
 from qat.export import export
 
@@ -100,6 +100,29 @@ def test_what_export_rounded_to_16_bits_is_rounded_in_the_twin_of_the_base_too(
     config.compressed = exported
     report = consistency(config)
     assert report["passed"] and not report["base"]["logits"]["bit_equal"]
+
+
+def test_of_a_trained_folder_the_base_alone_tells_the_distance_and_promises_nothing(
+    config: EvalConfig, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.compressed = str(tmp_path / "exported")
+    export(ExportConfig(source=str(checkpoint), output=config.compressed, progress_bar=False))
+    report = consistency(config)
+    assert report["passed"] is None and "fake_quant" not in report
+    assert report["base"]["logits"]["kl"]["mean"] > 0
+    assert "neither PASS nor FAIL" in capsys.readouterr().out
+    # its own integers are a reference for every way of running
+    config.modes = ["weights", "prefill"]
+    report = consistency(config)
+    assert report["passed"] and list(report["modes"]) == config.modes
+
+
+def test_a_learned_step_that_nothing_trained_is_where_it_starts(config: EvalConfig, tmp_path: Path) -> None:
+    config.compressed = str(tmp_path / "exported")
+    quant = QuantConfig(scale=ScaleRule.learned, init=ScaleRule.std, k=0.4)
+    export(ExportConfig(source=str(config.base), output=config.compressed, quant=quant, progress_bar=False))
+    config.modes = ["weights", "layers"]
+    assert consistency(config)["passed"]
 
 
 def test_a_model_coded_without_loss_is_its_base(

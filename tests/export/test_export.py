@@ -16,7 +16,7 @@ from rans_kernels.checkpoint import iterate_weights
 from rans_kernels.format import FormatError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.config import Granularity, LoggerConfig, Profile, QuantConfig, ScaleRule, from_plain
+from qat.config import Granularity, LoggerConfig, Profile, QuantConfig, Rounding, ScaleRule, from_plain
 from qat.errors import UserError
 from qat.export import parse_size
 from qat.quant import prepare
@@ -176,6 +176,8 @@ def test_without_rans_kernels_transformers_refuses_the_folder(tiny_llama, tmp_pa
         ({"probability_bits": 9}, "probability_bits is 9"),
         ({"quant": QuantConfig(bits=9)}, "bits"),
         ({"quant": QuantConfig(include=["nothing"])}, "nothing"),
+        ({"quant": QuantConfig(columns=0.5)}, "quant.columns: only training"),
+        ({"quant": QuantConfig(scale=ScaleRule.learned, rounding=Rounding.gptq)}, "quant.rounding: only training"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(changes, message, tiny_llama, tmp_path):
