@@ -230,7 +230,12 @@ class FolderWriter:
         self._bytes = 0
 
     def __enter__(self) -> "FolderWriter":
-        self.folder.mkdir(parents=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except BaseException:
+            # ctrl-c may come when the folder is there, and nobody else would remove it
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
