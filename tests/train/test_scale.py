@@ -13,6 +13,7 @@ from qat.config import Granularity, Hold, Profile, Rounding, ScaleRule, TrainCon
 from qat.errors import UserError
 from qat.lit import build
 from qat.quant import quantized_modules
+from tests.train import test_rate
 from tests.train.test_run import ENVIRONMENT, MakeConfig, assert_same_end, command, metrics, state
 
 MakeRateConfig = Callable[..., TrainConfig]
@@ -163,13 +164,9 @@ def test_two_gpus_follow_the_losses_of_one(make_rate_config: MakeRateConfig, str
         config.trainer.accelerator = "gpu"
         return config
 
-    def losses(run: Path) -> dict[int, float]:
-        # the first line is of a validation
-        return {step: line["train/loss"] for step, line in metrics(run).items() if "train/loss" in line}
-
-    alone = losses(build.train(on_gpu()))
+    alone = test_rate.metrics(build.train(on_gpu()), "train/loss")
     assert len(alone) > 5
-    assert losses(launch(on_two(on_gpu(), strategy))) == pytest.approx(alone, rel=2e-2)
+    assert test_rate.metrics(launch(on_two(on_gpu(), strategy)), "train/loss") == pytest.approx(alone, rel=2e-2)
 
 
 def test_a_launcher_that_is_not_installed_is_named(make_config: MakeConfig) -> None:
