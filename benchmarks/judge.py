@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128, help="of text, for logits (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, of which a GPU takes several")
     parser.add_argument("--limit", type=int, help="items a task (all)")
-    parser.add_argument("--modes", nargs="+", help="of the consistency suite, and no lm-eval (all, and lm-eval)")
+    chosen = "of the consistency suite, and no lm-eval (all, and lm-eval)"
+    parser.add_argument("--modes", nargs="+", choices=choose_modes("all"), help=chosen)
     args = parser.parse_args()
     name = args.model.resolve().name
     try:
